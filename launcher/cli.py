@@ -1,0 +1,87 @@
+"""The ``launch`` command: who asks for what, and the exit code.
+
+Nothing heavy is imported before it is known to be needed: ``launch --version`` needs no Hydra,
+``launch --help`` no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+
+from launcher import __version__
+from launcher.environment import is_torchrun_worker
+from launcher.errors import EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE, RequestError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Act on a command line (without the program's name); returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # A console script does not have the current folder on its path; a project's modules are there.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        if arguments == ["--version"]:
+            print(f"launch {__version__}")
+            return EXIT_FINISHED
+        if is_torchrun_worker(os.environ):
+            from launcher.clusters.torchrun import join
+
+            return join(arguments)
+        if not arguments:
+            print(_what_to_type(), file=sys.stderr)
+            return EXIT_REQUEST
+        return _train_here(arguments)
+    except RequestError as error:
+        print(f"launch: {error}", file=sys.stderr)
+        return EXIT_REQUEST
+    except KeyboardInterrupt:
+        print("launch: interrupted before training began", file=sys.stderr)
+        return EXIT_RESUMABLE
+
+
+def _train_here(arguments: list[str]) -> int:
+    """One run, or a sweep of several: the worst of their exit codes. A stopped run ends the sweep."""
+    from launcher.config.compose import compose
+    from launcher.config.prepare import prepare
+    from launcher.config.schema import RunConfig
+
+    codes: list[int] = []
+
+    def command(config: RunConfig, warnings: list[str]) -> float | None:
+        from launcher.clusters.local import launch
+        from launcher.rundir.records import read_json
+
+        if EXIT_RESUMABLE in codes:
+            return None
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        code, run = launch(config, ["launch", *arguments])
+        codes.append(code)
+        if code != EXIT_FINISHED:
+            return math.nan
+        result = read_json(run.result)
+        return float((result["validation"] or result)["loss"])
+
+    compose(arguments, prepare, command)
+    return max(codes, default=EXIT_FINISHED)
+
+
+def _what_to_type() -> str:
+    from launcher.config.compose import experiments
+
+    lines = [f"  {name:<16} {about}" for name, about in experiments()]
+    return "\n".join(
+        [
+            "launch: name an experiment: launch +experiment=NAME [key=value …]",
+            "",
+            "Experiments here:",
+            *lines,
+            "",
+            "See what would run: launch +experiment=NAME --cfg job. All flags: launch --help.",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Where processes come from: this machine, or a torchrun that has started them."""

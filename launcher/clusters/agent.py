@@ -1,0 +1,204 @@
+"""One node's part of one attempt: torch's elastic agent, in this process, and what it leaves to us.
+
+The agent starts the workers, tells them who they are, and notices when one ends. Left to us are
+signals (its own handlers would kill the workers instead of letting them save), a quick end for
+the others when one worker has died (it waits 30 seconds), and its log, which belongs in a file.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from launcher.training.loop import Outcome
+
+__all__ = ["StopForwarder", "WorkersDied", "run_workers"]
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+_GRACE_SECONDS = 3.0
+_POLL_SECONDS = 0.1
+
+
+class WorkersDied(Exception):
+    """At least one worker ended without a result.
+
+    Args:
+        deaths: how each worker ended that was not killed from here, by local rank: its exit code, or
+            the negative number of the signal that killed it.
+    """
+
+    def __init__(self, deaths: dict[int, int]) -> None:
+        super().__init__(f"exit codes by local rank: {deaths}")
+        self.deaths = deaths
+
+
+class StopForwarder:
+    """Passes a request to stop on to the workers: SIGTERM, on which they stop together after a step.
+
+    A second Ctrl-C kills them at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        """The signal that asked first."""
+        self._interrupts = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the stop signals; the handlers there were come back afterwards."""
+        before = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.requested = self.requested or signal.Signals(number).name
+        self._interrupts += number == signal.SIGINT
+        _signal_workers(signal.SIGKILL if self._interrupts > 1 else signal.SIGTERM)
+
+
+def run_workers(run_path: Path, attempt: int, num_workers: int, agent_log: Path) -> dict[int, Outcome]:
+    """Start the workers of an attempt on this machine and wait for all of them.
+
+    Returns:
+        Each rank's outcome.
+
+    Raises:
+        WorkersDied: a worker failed, or was killed; the others have ended too.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from launcher.worker import main
+
+    configuration = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_workers,
+        run_id=run_path.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # port 0: the kernel picks a free one
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=_POLL_SECONDS,
+        signals_to_handle="SIGQUIT",  # the others are ours
+    )
+    reaper = _Reaper(num_workers)
+    try:
+        with _log_to(agent_log), _held_back_in_children(), reaper.watching():
+            outcomes = elastic_launch(configuration, main)(str(run_path), attempt, os.getpid())
+    except ChildFailedError as error:
+        raise WorkersDied(reaper.deaths()) from error
+    return cast("dict[int, Outcome]", outcomes)
+
+
+def _signal_workers(number: signal.Signals) -> None:
+    """To every process that this one has started through multiprocessing: the workers, and nothing else."""
+    for worker in multiprocessing.active_children():
+        if worker.pid is not None and worker.is_alive():
+            os.kill(worker.pid, number)
+
+
+@contextmanager
+def _held_back_in_children() -> Iterator[None]:
+    """Start workers with the stop signals blocked; each takes them once it can act on them.
+
+    A Ctrl-C reaches every process of the terminal: a worker that still imports torch would die of it.
+    Children inherit the mask of the thread that starts them, this one. The reaper's thread takes the
+    signals for this process; Python runs their handlers here all the same.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Reaper:
+    """Once a worker has died, gives the others a moment to end by themselves, then kills them."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+        self._workers: dict[int, multiprocessing.process.BaseProcess] = {}
+        self._killed: set[int] = set()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch from a thread of its own, which also takes this process's signals, see above."""
+        done = threading.Event()
+        thread = threading.Thread(target=self._watch, args=(done,), name="reaper", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def deaths(self) -> dict[int, int]:
+        """Once all have ended: the exit codes of those that failed and were not killed by this object."""
+        in_order = sorted(self._workers)  # the agent starts them in the order of their ranks
+        codes = {rank: self._workers[pid].exitcode for rank, pid in enumerate(in_order) if pid not in self._killed}
+        return {rank: code for rank, code in codes.items() if code}
+
+    def _watch(self, done: threading.Event) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+        while not done.wait(_POLL_SECONDS):
+            if len(self._workers) < self._num_workers:
+                self._workers |= {child.pid: child for child in multiprocessing.active_children() if child.pid}
+            if any(_has_failed(pid) for pid in self._workers):
+                done.wait(_GRACE_SECONDS)
+                for pid in self._workers:
+                    if _is_running(pid):
+                        self._killed.add(pid)
+                        os.kill(pid, signal.SIGKILL)
+                return
+
+
+def _has_failed(pid: int) -> bool:
+    """Whether a child has ended badly. It is left to the agent to collect."""
+    try:
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # collected already; only the agent's own check tells how it ended
+        return False
+    return ended is not None and ended.si_status != 0
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """The elastic agent's own log goes to a file: on the console it would bury what matters."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    loggers = [logger for name, logger in logging.root.manager.loggerDict.items() if _is_elastic(name, logger)]
+    before = [(logger, logger.handlers, logger.propagate) for logger in loggers if isinstance(logger, logging.Logger)]
+    for logger, _, _ in before:
+        logger.handlers, logger.propagate = [handler], False
+    try:
+        yield
+    finally:
+        for logger, handlers, propagate in before:
+            logger.handlers, logger.propagate = handlers, propagate
+        handler.close()
+
+
+def _is_elastic(name: str, logger: object) -> bool:
+    inside = ("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")
+    return isinstance(logger, logging.Logger) and name.startswith(inside)

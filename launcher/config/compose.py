@@ -1,0 +1,203 @@
+"""From a command line to RunConfigs: Hydra, with a project's own folder first and its errors in plain words.
+
+Hydra runs here, in the launching process, and nowhere else: workers load ``config.yaml``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import main as hydra_main
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launcher.config.nearest import nearest
+from launcher.config.schema import RunConfig
+from launcher.config.words import in_words
+from launcher.errors import ConfigurationError
+
+__all__ = ["compose", "experiments"]
+
+_SHIPPED = "pkg://launcher.conf"
+
+
+def compose(
+    argv: Sequence[str],
+    prepare: Callable[[RunConfig], list[str]],
+    command: Callable[[RunConfig, list[str]], float | None],
+) -> None:
+    """Let Hydra act on ``argv``: show something and exit, or run ``command`` on each composed run.
+
+    Args:
+        argv: the command line without the program's name.
+        prepare: fills in and checks a configuration, returns warnings; in a sweep it sees every run before
+            the first starts.
+        command: does the work, given the warnings; its result is what a sweeper optimises.
+
+    Raises:
+        ConfigurationError: the configuration does not compose, or is wrong.
+        SystemExit: Hydra has answered (--help, --cfg, completion).
+    """
+    task = _Task(prepare, command)
+    ConfigStore.instance().store(name="tminus_schema", node=RunConfig)
+    _register_plugins(_project_folders(argv))
+    decorated = hydra_main(version_base="1.3", config_path=_SHIPPED, config_name="launch")(task)
+    with _hydra_environment(argv):
+        try:
+            decorated()
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
+            raise error if isinstance(error, ConfigurationError) else _explained(error) from error
+    if task.failure is not None:
+        raise task.failure
+
+
+class _Task:
+    """What Hydra calls for each run. It keeps an exception to itself: Hydra would print it its own way."""
+
+    def __init__(
+        self,
+        prepare: Callable[[RunConfig], list[str]],
+        command: Callable[[RunConfig, list[str]], float | None],
+    ) -> None:
+        self._prepare = prepare
+        self._command = command
+        self.failure: Exception | None = None
+
+    def prepared(self, composed: DictConfig) -> tuple[RunConfig, list[str]]:
+        try:
+            config = _to_run_config(composed)
+        except OmegaConfBaseException as error:
+            raise _explained(error) from error
+        return config, self._prepare(config)
+
+    def __call__(self, composed: DictConfig) -> float | None:
+        if self.failure is not None:
+            return None
+        try:
+            return self._command(*self.prepared(composed))
+        except Exception as error:
+            self.failure = error
+            return None
+
+
+class SweepLauncher(BasicLauncher):
+    """One run after the other, once all of them are known to be right."""
+
+    __module__ = "hydra_plugins.tminus"  # the only namespace that Hydra instantiates launchers from
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        assert isinstance(self.task_function, _Task)
+        assert self.hydra_context is not None
+        assert self.config is not None
+        for overrides in job_overrides:
+            composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+            try:
+                self.task_function.prepared(composed)
+            except ConfigurationError as error:
+                chosen = " ".join(item for item in overrides if not item.startswith("hydra."))
+                raise ConfigurationError(f"In the sweep's run {chosen}:\n{error}") from error
+        results: Sequence[JobReturn] = super().launch(job_overrides, initial_job_idx)
+        return results
+
+
+def experiments(argv: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """The experiments that can be chosen here, a project's own first: (name, first comment line)."""
+    import importlib.resources
+
+    shipped = importlib.resources.files("launcher.conf") / "experiment"
+    folders: list[Any] = [folder / "experiment" for folder in _project_folders(argv)]
+    found: dict[str, str] = {}
+    for folder in [*folders, shipped]:
+        if not folder.is_dir():
+            continue
+        for file in sorted(folder.iterdir(), key=lambda entry: entry.name):
+            if file.name.endswith(".yaml"):
+                found.setdefault(file.name.removesuffix(".yaml"), _first_comment(file.read_text(encoding="utf-8")))
+    return list(found.items())
+
+
+def _first_comment(text: str) -> str:
+    lines = (line for line in text.splitlines() if line.startswith("#") and "@package" not in line)
+    return next(lines, "#").lstrip("# ").rstrip()
+
+
+def _to_run_config(composed: DictConfig) -> RunConfig:
+    with_hydra = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(with_hydra, dict)
+    with_hydra.pop("hydra", None)
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), with_hydra))
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _project_folders(argv: Sequence[str]) -> list[Path]:
+    """Where a project keeps its own configurations: --config-dir, then ./conf."""
+    folders = []
+    for index, argument in enumerate(argv):
+        flag, _, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            value = value or (argv[index + 1] if index + 1 < len(argv) else "")
+            folders.append(Path(value).absolute())
+    own = Path.cwd() / "conf"
+    return [folder for folder in [*folders, own] if folder.is_dir()]
+
+
+def _register_plugins(folders: Sequence[Path]) -> None:
+    class ProjectSearchPath(SearchPathPlugin):
+        """Puts a project's folders before the configurations that T-minus ships."""
+
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            for folder in reversed(folders):
+                search_path.prepend("project", f"file://{folder}", anchor=SearchPathQuery(provider="main"))
+
+    Plugins.instance().register(ProjectSearchPath)
+    Plugins.instance().register(SweepLauncher)
+
+
+@contextmanager
+def _hydra_environment(argv: Sequence[str]) -> Iterator[None]:
+    """Give Hydra its command line, and have it raise errors instead of printing them."""
+    before_argv, before_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [before_argv[0], *argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = before_argv
+        if before_full is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before_full
+
+
+def _explained(error: Exception) -> ConfigurationError:
+    """Hydra's and OmegaConf's exceptions as one message that names the value and what to do."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        valid = ", ".join(error.options)
+        return ConfigurationError(f"{group}={option} does not exist.{nearest(option, error.options)} Valid: {valid}.")
+    if isinstance(error, OverrideParseException):
+        reason = error.message.splitlines()[1] if "\n" in error.message else error.message
+        return ConfigurationError(
+            f"{error.override!r} is not an override ({reason.strip()}): write key=value, +experiment=NAME, or a flag."
+        )
+    chain: list[BaseException] = [error]
+    while (following := chain[-1].__cause__) is not None:
+        chain.append(following)
+    for link in chain:
+        if isinstance(link, OmegaConfBaseException) and not isinstance(link, HydraException):
+            return ConfigurationError(in_words(link))
+    return ConfigurationError("\n".join(text for text in dict.fromkeys(map(in_words, chain)) if text))

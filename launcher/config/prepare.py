@@ -1,0 +1,48 @@
+"""Fill in what depends on the machine, then check everything: the last stop before a process starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.config.rules import check
+from launcher.config.schema import Device, RunConfig
+
+__all__ = ["Machine", "prepare"]
+
+_CPU_WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Processes that exist already (torchrun), which a configuration must take as they are."""
+
+    nodes: int
+    processes_per_node: int
+
+
+def prepare(config: RunConfig, machine: Machine | None = None) -> list[str]:
+    """Fill in ``device`` and the number of processes in place, check all, return warnings.
+
+    Raises:
+        ConfigurationError, JobError: the run cannot work as configured.
+    """
+    num_gpus = _num_gpus() if config.device is not Device.cpu else 0
+    if config.device is Device.auto:
+        config.device = Device.cuda if num_gpus else Device.cpu
+    if machine is not None:
+        config.cluster.kind = "torchrun"
+        config.cluster.nodes = machine.nodes
+        config.cluster.processes_per_node = machine.processes_per_node
+    elif config.cluster.processes_per_node is None:
+        config.cluster.processes_per_node = num_gpus or _CPU_WORKERS
+    warnings = check(config, num_gpus)
+    from launcher.config.targets import check_targets  # imports the user's code, and torch
+
+    check_targets(config)
+    return warnings
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

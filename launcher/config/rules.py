@@ -1,0 +1,197 @@
+"""What a single field's type cannot say: ranges, and rules across fields.
+
+Everything is checked before a process starts or a directory is made, and everything that is wrong
+is reported at once. ``check`` needs the facts of the machine (how many GPUs) as arguments, so that
+it can be tested, and used for a machine other than this one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from launcher.config.schema import Decay, Device, Dtype, RunConfig
+from launcher.errors import ConfigurationError
+
+__all__ = ["accumulation_steps", "check", "global_batch_size", "world_size"]
+
+
+def world_size(config: RunConfig) -> int:
+    """Workers in all; the cluster's defaults must have been filled in."""
+    assert config.cluster.processes_per_node is not None
+    return config.cluster.nodes * config.cluster.processes_per_node
+
+
+def accumulation_steps(config: RunConfig, num_workers: int) -> int:
+    """Micro-batches per worker and optimizer step."""
+    train = config.train
+    if train.accumulation_steps is not None:
+        return train.accumulation_steps
+    assert train.global_batch_size is not None
+    assert train.micro_batch_size is not None
+    return train.global_batch_size // (train.micro_batch_size * num_workers)
+
+
+def global_batch_size(config: RunConfig, num_workers: int) -> int:
+    """Samples per optimizer step, over all workers."""
+    if config.train.global_batch_size is not None:
+        return config.train.global_batch_size
+    assert config.train.micro_batch_size is not None
+    return config.train.micro_batch_size * num_workers * accumulation_steps(config, num_workers)
+
+
+def check(config: RunConfig, num_gpus: int) -> list[str]:
+    """Refuse what cannot work; return warnings on what works, but hardly as meant.
+
+    Args:
+        config: with device and processes_per_node filled in.
+        num_gpus: CUDA devices on each node.
+
+    Raises:
+        ConfigurationError: naming every value that is wrong, the valid ones, and what to do.
+    """
+    problems = [*_names(config), *_sizes(config), *_length_and_batch(config), *_placement(config, num_gpus)]
+    problems += [*_loss_scale(config), *_optimizer(config), *_schedule(config)]
+    if problems:
+        raise ConfigurationError("\n".join(problems))
+    return list(_warnings(config))
+
+
+def _names(config: RunConfig) -> Iterator[str]:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
+        yield (
+            f"name={config.name!r} cannot name a folder: use letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit."
+        )
+    if not 0 <= config.seed < 2**63:
+        yield f"seed={config.seed} is out of range: use a whole number from 0 to 2^63 - 1."
+    if not config.job.get("_target_"):
+        yield (
+            "There is no job: choose an experiment (launch +experiment=digits), a job (launch +job=digits), "
+            "or name a class of yours (+job._target_=my_module.MyJob)."
+        )
+
+
+def _at_least(name: str, value: float | None, least: float) -> Iterator[str]:
+    if value is not None and not value >= least:
+        yield f"{name}={value} is too small: it must be at least {least}."
+
+
+def _positive(name: str, value: float | None) -> Iterator[str]:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        yield f"{name}={value} must be a finite number greater than 0."
+
+
+def _sizes(config: RunConfig) -> Iterator[str]:
+    train, cluster = config.train, config.cluster
+    for name in (
+        "max_steps",
+        "max_epochs",
+        "global_batch_size",
+        "accumulation_steps",
+        "micro_batch_size",
+        "log_every",
+        "eval_every",
+    ):
+        yield from _at_least(f"train.{name}", getattr(train, name), 1)
+    yield from _at_least("train.num_data_workers", train.num_data_workers, 0)
+    yield from _positive("train.max_grad_norm", train.max_grad_norm)
+    yield from _at_least("cluster.nodes", cluster.nodes, 1)
+    yield from _at_least("cluster.processes_per_node", cluster.processes_per_node, 1)
+    yield from _at_least("cluster.max_restarts", cluster.max_restarts, 0)
+
+
+def _length_and_batch(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    if (train.max_steps is None) == (train.max_epochs is None):
+        given = "both are" if train.max_steps is not None else "neither is"
+        yield (
+            f"train.max_steps={_shown(train.max_steps)} and train.max_epochs={_shown(train.max_epochs)}: {given} "
+            "given. Give exactly one, and set the other to null."
+        )
+    if train.micro_batch_size is None:
+        yield "train.micro_batch_size is missing: give the number of samples per forward pass on one worker."
+    if (train.global_batch_size is None) == (train.accumulation_steps is None):
+        given = "both are" if train.global_batch_size is not None else "neither is"
+        yield (
+            f"train.global_batch_size={_shown(train.global_batch_size)} and "
+            f"train.accumulation_steps={_shown(train.accumulation_steps)}: {given} given. "
+            "Give exactly one, and set the other to null."
+        )
+    elif train.global_batch_size is not None and train.micro_batch_size is not None:
+        workers = max(1, world_size(config))
+        portion = max(1, train.micro_batch_size) * workers
+        if train.global_batch_size > 0 and train.global_batch_size % portion:
+            below = train.global_batch_size // portion * portion
+            choices = " or ".join(str(size) for size in (below, below + portion) if size > 0)
+            yield (
+                f"train.global_batch_size={train.global_batch_size} does not divide into micro-batches of "
+                f"{train.micro_batch_size} on {workers} worker(s): it must be a multiple of {portion}. "
+                f"Use {choices}, or another train.micro_batch_size or number of workers."
+            )
+
+
+def _placement(config: RunConfig, num_gpus: int) -> Iterator[str]:
+    cluster = config.cluster
+    if cluster.kind == "local" and cluster.nodes > 1:
+        yield f"cluster.nodes={cluster.nodes}, but cluster=local is this one machine: use cluster.nodes=1."
+    if config.device is Device.cuda:
+        if num_gpus == 0:
+            yield "device=cuda, but torch sees no CUDA GPU here: use device=cpu, or device=auto."
+        elif (cluster.processes_per_node or 0) > num_gpus:
+            yield (
+                f"cluster.processes_per_node={cluster.processes_per_node} is more than the {num_gpus} GPU(s) here: "
+                f"use at most {num_gpus}, or device=cpu."
+            )
+
+
+def _loss_scale(config: RunConfig) -> Iterator[str]:
+    scale = config.precision.loss_scale
+    prefix = "precision.loss_scale."
+    for name in ("initial", "minimum", "maximum"):
+        yield from _positive(prefix + name, getattr(scale, name))
+    if not scale.growth_factor > 1.0 or not math.isfinite(scale.growth_factor):
+        yield f"{prefix}growth_factor={scale.growth_factor} must be greater than 1."
+    if not 0.0 < scale.backoff_factor < 1.0:
+        yield f"{prefix}backoff_factor={scale.backoff_factor} must lie between 0 and 1."
+    for name in ("growth_interval", "hysteresis", "patience"):
+        yield from _at_least(prefix + name, getattr(scale, name), 1)
+    if scale.enabled and not scale.minimum <= scale.initial <= scale.maximum:
+        yield (f"{prefix}initial={scale.initial} must lie between minimum={scale.minimum} and maximum={scale.maximum}.")
+
+
+def _optimizer(config: RunConfig) -> Iterator[str]:
+    if not config.optimizer.get("_target_"):
+        yield "optimizer._target_ is missing: choose optimizer=adamw, adam or sgd, or name a torch.optim.Optimizer."
+    rate: Any = config.optimizer.get("lr")
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not (rate >= 0 and math.isfinite(rate)):
+        yield f"optimizer.lr={rate!r} must be a finite number of at least 0, such as 1e-3."
+
+
+def _schedule(config: RunConfig) -> Iterator[str]:
+    schedule = config.schedule
+    yield from _at_least("schedule.warmup_steps", schedule.warmup_steps, 0)
+    if not 0.0 <= schedule.final_fraction <= 1.0:
+        yield f"schedule.final_fraction={schedule.final_fraction} must lie between 0 and 1."
+
+
+def _warnings(config: RunConfig) -> Iterator[str]:
+    precision, train, schedule = config.precision, config.train, config.schedule
+    if precision.dtype is Dtype.float16 and not precision.loss_scale.enabled:
+        yield (
+            "precision.dtype=float16 with precision.loss_scale.enabled=false: gradients below 6e-8 become zero and "
+            "training may stall without an error. Use precision=fp16 as it is, or precision=bf16."
+        )
+    if train.max_steps is not None and schedule.warmup_steps >= train.max_steps:
+        yield (
+            f"schedule.warmup_steps={schedule.warmup_steps} is not below train.max_steps={train.max_steps}: "
+            "the learning rate never leaves its warm-up."
+        )
+    if schedule.decay is Decay.constant and schedule.final_fraction != 0.0:
+        yield f"schedule.final_fraction={schedule.final_fraction} has no effect with schedule=constant."
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,206 @@
+"""The configuration, field by field: types, defaults, units.
+
+Every field is followed by its own documentation. What a single type cannot say (that two fields
+exclude each other, that a batch must divide) is in ``rules``. ``job`` and ``optimizer`` are free
+mappings with a ``_target_``; ``targets`` checks them against the signature they name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+__all__ = [
+    "ClusterConfig",
+    "ConsoleStyle",
+    "Decay",
+    "Device",
+    "Dtype",
+    "LossScaleConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "Strategy",
+    "TrackingConfig",
+    "TrainConfig",
+]
+
+# OmegaConf reads the annotations at run time, so they are real types: no TYPE_CHECKING imports here.
+# Dataclasses are not frozen: a frozen schema breaks Hydra's group overrides.
+
+
+class Device(str, Enum):
+    """Where the workers compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    """The type that autocast computes in; the weights that are stepped stay FP32."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Strategy(str, Enum):
+    """How the model, its gradients and its optimizer are laid out over the ranks."""
+
+    ddp = "ddp"
+
+
+class Decay(str, Enum):
+    """The shape of the learning rate after warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class ConsoleStyle(str, Enum):
+    """How rank 0 shows progress."""
+
+    auto = "auto"
+    live = "live"
+    plain = "plain"
+    off = "off"
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How long, and in which portions."""
+
+    max_steps: int | None = None
+    """Optimizer steps to attempt (skipped ones count). Exactly one of this and max_epochs."""
+    max_epochs: int | None = None
+    """Passes over the training data; the last step is filled up from the next epoch."""
+    global_batch_size: int | None = None
+    """Samples per optimizer step, over all workers. Exactly one of this and accumulation_steps."""
+    accumulation_steps: int | None = None
+    """Micro-batches per worker and optimizer step; the global batch then grows with the workers."""
+    micro_batch_size: int | None = None
+    """Samples per forward pass on one worker. Mandatory."""
+    max_grad_norm: float | None = None
+    """Clip the gradient to this L2 norm (after unscaling); null: no clipping."""
+    log_every: int = 10
+    """Steps between two lines on a console that is not a terminal. metrics.jsonl has every step."""
+    eval_every: int | None = None
+    """Steps between two validations; null: at the end only."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    num_data_workers: int = 0
+    """DataLoader processes per worker; 0: load in the worker itself."""
+
+
+@dataclass(kw_only=True)
+class LossScaleConfig:
+    """Dynamic loss scaling (Micikevicius et al., 2018). The defaults are torch's own rule, with a floor and a ceiling."""
+
+    enabled: bool = False
+    """Scale the loss. FP16 needs it; BF16 and FP32 do not."""
+    initial: float = 65536.0
+    """The first scale."""
+    growth_factor: float = 2.0
+    """The scale is multiplied by this after growth_interval steps without overflow."""
+    backoff_factor: float = 0.5
+    """The scale is multiplied by this on overflow."""
+    growth_interval: int = 2000
+    """Consecutive steps without overflow before the scale grows."""
+    hysteresis: int = 1
+    """Overflows to tolerate before the scale backs off; refilled when it grows. 1 is torch's rule."""
+    minimum: float = 1.0
+    """The scale never falls below this."""
+    maximum: float = 16777216.0
+    """The scale never rises above this (2^24)."""
+    patience: int = 50
+    """Consecutive skipped steps with the scale at its minimum (or with no scale) that end the run."""
+
+
+@dataclass(kw_only=True)
+class PrecisionConfig:
+    """The arithmetic of the forward and backward pass."""
+
+    dtype: Dtype = Dtype.float32
+    """What autocast computes in."""
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    """Dynamic loss scaling."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the model is laid out over the workers."""
+
+    strategy: Strategy = Strategy.ddp
+    """ddp: FP32 weights on every rank."""
+    find_unused_parameters: bool = False
+    """Needed by models in which some parameters get no gradient in some steps; costs a walk of the graph."""
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """The learning rate as a function of the applied steps (skipped ones do not count)."""
+
+    decay: Decay = Decay.constant
+    """What follows the warm-up, up to the last step."""
+    warmup_steps: int = 0
+    """Applied steps over which the rate rises linearly from lr / warmup_steps to lr."""
+    final_fraction: float = 0.0
+    """What is left of lr at the last step, as a fraction (linear, cosine)."""
+
+
+@dataclass(kw_only=True)
+class ClusterConfig:
+    """Where the processes come from."""
+
+    kind: str = "local"
+    """local: this machine."""
+    nodes: int = 1
+    """Machines."""
+    processes_per_node: int | None = None
+    """Workers per machine; null: one per GPU, or 2 where there is none."""
+    max_restarts: int = 0
+    """Restarts without progress after a worker failed; a failure before the first step is never retried."""
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """Who is told, beside metrics.jsonl."""
+
+    console: ConsoleStyle = ConsoleStyle.auto
+    """auto: a live line on a terminal, a plain line every log_every steps elsewhere."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One run, whole. ``launch --cfg job`` prints it."""
+
+    name: str = "run"
+    """The folder below runs_root that the run's directory is made in."""
+    seed: int = 0
+    """Initial weights, order of samples, dropout: the same seed gives the same run."""
+    device: Device = Device.auto
+    """auto: cuda where there is a GPU, else cpu."""
+    runs_root: str = "runs"
+    """The folder of all runs, relative to the current folder."""
+    run_dir: str | None = None
+    """A run directory to use instead of a new one below runs_root."""
+    job: dict[str, Any] = field(default_factory=dict)
+    """The learning problem: _target_ (a launcher.Job) and its arguments."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long, and in which portions."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """The arithmetic."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """The layout over the workers."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """_target_ (a torch.optim.Optimizer), lr and its other arguments."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The learning rate over time."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Where the processes come from."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Who is told."""

@@ -1,0 +1,65 @@
+"""Every exception that T-minus raises on purpose, in one tree.
+
+::
+
+    TMinusError
+    ├── RequestError (ValueError)      the request was wrong: one message, exit code 2
+    │   ├── ConfigurationError         a value, a key, a combination of values
+    │   └── JobError                   the user's job does not fit (a missing method, a bad return value)
+    └── TrainingError (RuntimeError)   the request was right, training failed: exit code 1
+        ├── DivergenceError            the numbers cannot be trained on (loss scale at its floor, a NaN loss)
+        └── DesynchronisedError        one rank's state has parted from the others'
+
+A message names the bad value, the valid ones, and what to do next. Errors that only
+a mistake of ours can cause are ``assert`` statements and do not belong here.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "EXIT_FAILED",
+    "EXIT_FINISHED",
+    "EXIT_REQUEST",
+    "EXIT_RESUMABLE",
+    "ConfigurationError",
+    "DesynchronisedError",
+    "DivergenceError",
+    "JobError",
+    "RequestError",
+    "TMinusError",
+    "TrainingError",
+]
+
+EXIT_FINISHED = 0
+EXIT_FAILED = 1
+EXIT_REQUEST = 2
+EXIT_RESUMABLE = 75
+"""``EX_TEMPFAIL`` of sysexits.h: stopped on request; the same command may be run again."""
+
+
+class TMinusError(Exception):
+    """Whatever T-minus raises on purpose."""
+
+
+class RequestError(TMinusError, ValueError):
+    """What was asked for cannot be done as asked; nothing was lost. Shown without a traceback."""
+
+
+class ConfigurationError(RequestError):
+    """A key, a value or a combination of values in the configuration is wrong."""
+
+
+class JobError(RequestError):
+    """The user's job lacks a method, or returned something that it must not."""
+
+
+class TrainingError(TMinusError, RuntimeError):
+    """Training cannot go on."""
+
+
+class DivergenceError(TrainingError):
+    """The numbers cannot be trained on: a loss that is NaN, a loss scale that stays at its floor."""
+
+
+class DesynchronisedError(TrainingError):
+    """A rank's step count, loss scale or schedule has parted from the others'."""

@@ -1,0 +1,100 @@
+"""What a person sees: one live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any, TextIO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+__all__ = ["Console"]
+
+
+class _Numbers(ProgressColumn):
+    """Loss, loss scale and speed of the last step."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("numbers", ""))
+
+
+class Console:
+    """Rank 0's view of a run.
+
+    Args:
+        stream: where to write; a terminal gets a live line under ``style`` auto.
+        style: auto, live, plain or off.
+        name: of the run.
+        total_steps: of the run.
+        log_every: steps between two plain lines.
+    """
+
+    def __init__(self, stream: TextIO, style: str, name: str, total_steps: int, log_every: int) -> None:
+        self._stream = stream
+        self._style = ("live" if stream.isatty() else "plain") if style == "auto" else style
+        self._total_steps = total_steps
+        self._log_every = log_every
+        self._width = len(str(total_steps))
+        self._progress: Progress | None = None
+        if self._style == "live":
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                _Numbers(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=RichConsole(file=stream, force_terminal=True),
+                refresh_per_second=8,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._task = self._progress.add_task(name, total=total_steps)
+            self._progress.start()
+
+    def step(self, line: dict[str, Any]) -> None:
+        """A step's line of metrics.jsonl."""
+        step = line["step"]
+        numbers = f"loss {line['loss']:.4f}  scale {line['loss_scale']:g}  {line['samples_per_second']:.0f} samples/s"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, numbers=numbers)
+        elif step % self._log_every == 0 or step in (1, self._total_steps):
+            skipped = "  skipped: overflow" if line["overflow"] else ""
+            self.say(
+                f"step {step:>{self._width}}/{self._total_steps}  {numbers}  grad norm {line['grad_norm']:.3g}  "
+                f"lr {line['lr']:.3g}{skipped}"
+            )
+
+    def validation(self, step: int, metrics: dict[str, float]) -> None:
+        """The validation metrics after a step."""
+        listed = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.say(f"step {step:>{self._width}}/{self._total_steps}  validation: {listed}")
+
+    def event(self, event: str, step: int, details: dict[str, Any]) -> None:
+        """Anything else; an overflow while the loss scale is still high is daily business."""
+        listed = "  ".join(f"{name} {value}" for name, value in details.items())
+        if self._progress is None or event != "overflow":
+            self.say(f"step {step:>{self._width}}/{self._total_steps}  {event}: {listed}")
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """What the run came to."""
+        self.close()
+        metrics = "".join(f"  {name} {value:.4f}" for name, value in (result["validation"] or {}).items())
+        self.say(
+            f"finished: step {result['step']}  training loss {result['loss']:.4f}"
+            f"{'  validation:' + metrics if metrics else ''}  {result['seconds']:.1f} s"
+        )
+        self.say(f"parameters: {result['parameters_digest']}")
+
+    def say(self, text: str) -> None:
+        """One line, above the live one."""
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False)
+        elif self._style != "off":
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Leave the live line as it is and go to the next."""
+        if self._progress is not None:
+            self._progress.stop()

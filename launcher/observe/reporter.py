@@ -1,0 +1,156 @@
+"""Rank 0's report of a run, to metrics.jsonl, to the console, and to status.json. Other ranks are silent."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol, TextIO
+
+import torch
+
+from launcher.observe.console import Console
+from launcher.rundir import RunDirectory, State, Status
+
+__all__ = ["Reporter", "RunFacts", "StepTiming", "build_reporter"]
+
+_STATUS_SECONDS = 1.0
+
+
+class Numbers(Protocol):
+    """What a report needs of a step's numbers; see ``training.outcome.StepNumbers``."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def grad_norm(self) -> float: ...
+    @property
+    def loss_scale(self) -> float: ...
+    @property
+    def overflow(self) -> bool: ...
+    @property
+    def rate_factor(self) -> float: ...
+    @property
+    def applied_steps(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """Wall-clock seconds of a step."""
+
+    step_seconds: float
+    data_seconds: float
+    """Of these, waiting for data."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What stays the same over an attempt."""
+
+    name: str
+    attempt: int
+    total_steps: int
+    global_batch_size: int
+    num_samples: int
+    """In the training dataset."""
+    learning_rate: float
+    """As configured, before the schedule."""
+    device: torch.device
+
+
+class Reporter:
+    """Told of everything that happens in a run, and silent about it: every rank's but the first."""
+
+    def step(self, numbers: Numbers, timing: StepTiming) -> None:
+        """An optimizer step was attempted."""
+
+    def validation(self, step: int, metrics: dict[str, float]) -> None:
+        """The model was validated after ``step``."""
+
+    def event(self, event: str, step: int, **details: Any) -> None:
+        """Something else happened: overflow, stop, …"""
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The run has come to its end; ``result`` is what result.json holds."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class RunReporter(Reporter):
+    """The first rank's: metrics.jsonl, the console, status.json."""
+
+    def __init__(self, run: RunDirectory, facts: RunFacts, console: Console, status: Status) -> None:
+        self._run = run
+        self._facts = facts
+        self._console = console
+        self._status = status
+        self._status_written = 0.0
+        self._file = run.metrics.open("a", encoding="utf-8", buffering=1)
+
+    def step(self, numbers: Numbers, timing: StepTiming) -> None:
+        """A line, a sign of life on the console, and now and then the status."""
+        facts = self._facts
+        samples = numbers.step * facts.global_batch_size
+        line = {
+            "step": numbers.step,
+            "applied_steps": numbers.applied_steps,
+            "samples": samples,
+            "epoch": samples / facts.num_samples,
+            "loss": numbers.loss,
+            "grad_norm": numbers.grad_norm,
+            "loss_scale": numbers.loss_scale,
+            "overflow": numbers.overflow,
+            "lr": facts.learning_rate * numbers.rate_factor,
+            "step_seconds": timing.step_seconds,
+            "data_seconds": timing.data_seconds,
+            "samples_per_second": facts.global_batch_size / timing.step_seconds,
+            "memory_gib": _memory_gib(facts.device),
+        }
+        self._write("train", line)
+        self._console.step(line)
+        if time.monotonic() - self._status_written > _STATUS_SECONDS:
+            self._status_written = time.monotonic()
+            self._status.now(State.running, step=numbers.step).write(self._run.status)
+
+    def validation(self, step: int, metrics: dict[str, float]) -> None:
+        """A line of its own."""
+        self._write("validation", {"step": step, **metrics})
+        self._console.validation(step, metrics)
+
+    def event(self, event: str, step: int, **details: Any) -> None:
+        """A line of its own."""
+        self._write("event", {"event": event, "step": step, **details})
+        self._console.event(event, step, details)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The last words on the console."""
+        self._console.finish(result)
+
+    def close(self) -> None:
+        """Let go of the console and the file."""
+        self._console.close()
+        self._file.close()
+
+    def _write(self, kind: str, values: dict[str, Any]) -> None:
+        line = {"kind": kind, "attempt": self._facts.attempt, **values, "time": time.time()}
+        self._file.write(json.dumps(line) + "\n")
+
+
+def _memory_gib(device: torch.device) -> float:
+    """The peak so far: of the GPU's allocator, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def build_reporter(
+    run: RunDirectory, facts: RunFacts, terminal: TextIO | None, style: str, log_every: int, status: Status
+) -> Reporter:
+    """The report of the rank that has the terminal; None has none and is silent."""
+    if terminal is None:
+        return Reporter()
+    return RunReporter(run, facts, Console(terminal, style, facts.name, facts.total_steps, log_every), status)

@@ -1,0 +1,16 @@
+"""Mixed precision: the loss scale, the one collective of a step, and the folded optimizer step."""
+
+from launcher.precision.control import Agreement, ControlCollective, Sums
+from launcher.precision.folded import FoldedOptimizer
+from launcher.precision.loss_scale import DynamicLossScale, LossScale, NoLossScale, build_loss_scale
+
+__all__ = [
+    "Agreement",
+    "ControlCollective",
+    "DynamicLossScale",
+    "FoldedOptimizer",
+    "LossScale",
+    "NoLossScale",
+    "Sums",
+    "build_loss_scale",
+]

@@ -1,0 +1,85 @@
+"""The one collective of a step: what every rank must know of all ranks, in one small vector.
+
+Each rank measures its gradients once, packs the measure with its loss, items and votes into one float64
+vector, and one SUM all-reduce makes it everybody's. Float64 keeps item counts exact up to 2^53, and the
+loss of a billion tokens; the vector's size is ``5 + world_size`` numbers, whatever the model's.
+
+The result stays on the device for the step, and is copied to the host without blocking: the loop reads
+the previous step's copy. All ranks read the same numbers, and so take the same decisions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Agreement", "ControlCollective", "Sums"]
+
+_SQUARED_NORM, _NON_FINITE, _LOSS, _ITEMS, _STOP_VOTES, _DIGESTS = range(6)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """One rank's sums over the micro-batches of a step, as float64 scalars on the device."""
+
+    loss: Tensor
+    items: Tensor
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The same on every rank: sums over all ranks, float64 scalars on the device."""
+
+    squared_norm: Tensor
+    """Σ g² over all gradient elements as they are: scaled, not normalised."""
+    non_finite: Tensor
+    """Parameters whose gradient is not finite (each counted once per replica's share)."""
+    loss: Tensor
+    items: Tensor
+    stop_votes: Tensor
+    """Ranks that have been asked to stop."""
+    digests: Tensor
+    """(world_size,): every rank's digest of its (step, loss scale, learning rate)."""
+
+
+class ControlCollective:
+    """Measures, packs and agrees. Every rank calls ``agree`` once per step.
+
+    Args:
+        device: where the gradients live.
+        world_size, rank: of the default process group; 1 needs no process group.
+    """
+
+    def __init__(self, device: torch.device, world_size: int, rank: int) -> None:
+        self._device = device
+        self._world_size = world_size
+        self._rank = rank
+        self._vector = torch.zeros(_DIGESTS + world_size, dtype=torch.float64, device=device)
+
+    def agree(self, gradients: list[Tensor], sums: Sums, digest: Tensor, stop: bool, share: float = 1.0) -> Agreement:
+        """One read pass over ``gradients``, one all-reduce.
+
+        Args:
+            gradients: this rank's gradients, as they came off the wire.
+            sums: this rank's loss and items.
+            digest: float64 scalar that must be the same on all ranks.
+            stop: this rank's vote to stop after this step.
+            share: what this rank adds to the sums over the gradients: 1 / replicas of each gradient.
+        """
+        vector = self._vector.zero_()
+        if gradients:
+            norms = torch.stack(torch._foreach_norm(gradients)).double()
+            vector[_SQUARED_NORM] = norms.square().sum() * share
+            vector[_NON_FINITE] = (~norms.isfinite()).sum() * share
+        vector[_LOSS] = sums.loss
+        vector[_ITEMS] = sums.items
+        vector[_STOP_VOTES] = float(stop)
+        vector[_DIGESTS + self._rank] = digest
+        if self._world_size > 1:
+            dist.all_reduce(vector)
+        agreed = vector.clone()
+        squared_norm, non_finite, loss, items, stop_votes = agreed[:_DIGESTS].unbind()
+        return Agreement(squared_norm, non_finite, loss, items, stop_votes, digests=agreed[_DIGESTS:])

@@ -1,0 +1,110 @@
+"""The optimizer step that unscales, normalises, clips and skips by itself.
+
+torch's fused optimizers divide each gradient by ``optimizer.grad_scale`` and leave everything alone where
+``optimizer.found_inf`` is 1, in the same pass that updates the weights. So whatever divides a gradient
+(loss scale, number of items, clipping) is folded into that one number, and no further pass over
+the gradients is made. Optimizers without this take a slower path, which is as correct.
+
+Calls into torch: the ``grad_scale``/``found_inf`` attributes, ``_step_supports_amp_scaling`` and the names of
+optimizer state are torch's own protocol with its GradScaler; ``tests/unit/test_folded.py`` notices a change.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FoldedOptimizer"]
+
+_log = logging.getLogger(__name__)
+
+
+class FoldedOptimizer:
+    """An optimizer that is stepped with a divisor and an overflow flag, both on the device.
+
+    Args:
+        optimizer: any torch optimizer. Fused Adam, AdamW, SGD and Adagrad fold; others are slower.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self.folds = _folds(optimizer)
+        """Whether one pass does everything, with no wait for the device."""
+        if self.folds:
+            _materialise_momentum(optimizer)
+        else:
+            _log.warning(
+                "%s cannot fold unscaling and clipping into its step: each step takes one more pass over the "
+                "gradients and one wait for the device. fused=True, where the optimizer has it, avoids both.",
+                type(optimizer).__name__,
+            )
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All parameters, in the order of the groups."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients there are; parameters without one are passed over."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def set_rate_factor(self, factor: Tensor) -> None:
+        """Multiply every group's configured learning rate by ``factor``, a float64 scalar on the device."""
+        if self.folds:
+            rates: Sequence[Any] = [(base * factor).float() for base in self._base_rates]
+        else:
+            rates = [base * factor.item() for base in self._base_rates]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def step(self, divisor: Tensor, found_inf: Tensor) -> None:
+        """Divide the gradients by ``divisor`` and step, or change nothing at all.
+
+        Args:
+            divisor: FP32 scalar on the device.
+            found_inf: FP32 scalar on the device, exactly 0 (step) or 1 (skip).
+        """
+        if self.folds:
+            # Read by the fused kernels; deleted so that nobody else's step picks them up.
+            self.optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+            self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+            try:
+                self.optimizer.step()
+            finally:
+                del self.optimizer.grad_scale, self.optimizer.found_inf  # type: ignore[attr-defined]
+        elif not found_inf.item():
+            gradients = self.gradients()
+            if gradients:
+                torch._foreach_div_(gradients, divisor)
+            self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def _folds(optimizer: torch.optim.Optimizer) -> bool:
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    # SGD's first step sets momentum to the gradient itself, and an overflow then leaves it unwritten;
+    # starting it at zero is the same only without dampening.
+    return not any(group.get("momentum", 0) and group.get("dampening", 0) for group in optimizer.param_groups)
+
+
+def _materialise_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give SGD its momentum buffers now, as zeros.
+
+    torch's fused SGD allocates them uninitialised in its first step; if that step is skipped (as the first
+    steps with a high loss scale are), the second reads whatever was in that memory.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        if group["momentum"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))

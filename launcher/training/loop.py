@@ -1,0 +1,167 @@
+"""The loop: steps until the end, a request to stop, or a diagnosis that training cannot go on.
+
+It reads each step's numbers one step later, when they have long arrived. All ranks read the same
+numbers, so they report, validate, stop and give up after the same step without asking each other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from launcher.config.schema import LossScaleConfig, TrainConfig
+from launcher.errors import DesynchronisedError, DivergenceError
+from launcher.observe import Reporter, StepTiming
+from launcher.training.batches import TrainingData
+from launcher.training.outcome import StepNumbers, StepTicket
+from launcher.training.step import Learner, train_step
+from launcher.training.stop import StopRequest
+from launcher.training.validation import validate
+
+__all__ = ["Outcome", "Trainer", "total_steps"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended."""
+
+    finished: bool
+    """False: stopped on request."""
+    step: int
+    loss: float
+    """Of the last step."""
+    validation: dict[str, float] | None
+    """After the last step; None without a validation dataset, or if stopped."""
+
+
+def total_steps(config: TrainConfig, global_batch_size: int, num_samples: int) -> int:
+    """The steps of a run; those of ``max_epochs`` see every sample that often, the last one a few more."""
+    if config.max_steps is not None:
+        return config.max_steps
+    assert config.max_epochs is not None
+    return -(-config.max_epochs * num_samples // global_batch_size)
+
+
+@dataclass
+class Trainer:
+    """One attempt at a run, on one rank."""
+
+    learner: Learner
+    data: TrainingData
+    validation: Dataset[Any] | None
+    config: TrainConfig
+    loss_scale: LossScaleConfig
+    total_steps: int
+    reporter: Reporter
+    stop: StopRequest
+    _consecutive_skips: int = field(default=0, init=False)
+
+    def train(self) -> Outcome:
+        """Run to the end, or to the step after which all ranks have agreed to stop."""
+        learner = self.learner
+        stream = _TimedBatches(
+            self.data.micro_batches(
+                range(learner.steps, self.total_steps), self.config.num_data_workers, learner.device.type == "cuda"
+            )
+        )
+        pending: _Pending | None = None
+        numbers: StepNumbers | None = None
+        validation: dict[str, float] | None = None
+        while learner.steps < self.total_steps and not (numbers is not None and numbers.stop):
+            started = time.perf_counter()
+            data_seconds = stream.seconds
+            micro_batches = islice(stream, learner.accumulation_steps)
+            ticket = train_step(learner, micro_batches, stop=self.stop.requested)
+            if pending is not None:
+                numbers = self._conclude(pending, ended=started)
+            pending = _Pending(ticket, started, stream.seconds - data_seconds)
+            if self._validates_after(learner.steps):
+                numbers, pending = self._conclude(pending), None
+                validation = self._validate()
+        if pending is not None:
+            numbers = self._conclude(pending)
+        assert numbers is not None
+        finished = learner.steps >= self.total_steps
+        return Outcome(finished, learner.steps, numbers.loss, validation if finished else None)
+
+    def _validates_after(self, step: int) -> bool:
+        if self.validation is None:
+            return False
+        every = self.config.eval_every
+        return step == self.total_steps or (every is not None and step % every == 0)
+
+    def _validate(self) -> dict[str, float]:
+        assert self.validation is not None
+        assert self.config.micro_batch_size is not None
+        metrics = validate(
+            self.learner, self.validation, self.config.micro_batch_size, self.data.rank, self.config.num_data_workers
+        )
+        self.reporter.validation(self.learner.steps, metrics)
+        return metrics
+
+    def _conclude(self, pending: _Pending, ended: float | None = None) -> StepNumbers:
+        """Report a step, which lasted until ``ended`` (now), and give up if its numbers say so."""
+        numbers = pending.ticket.read()
+        self.reporter.step(numbers, StepTiming((ended or time.perf_counter()) - pending.started, pending.data_seconds))
+        self._check_together(numbers)
+        self._check_progress(numbers)
+        return numbers
+
+    def _check_together(self, numbers: StepNumbers) -> None:
+        """Raises DesynchronisedError naming the ranks whose state has parted from most others'."""
+        usual, _ = Counter(numbers.digests).most_common(1)[0]
+        parted = [rank for rank, digest in enumerate(numbers.digests) if digest != usual]
+        if parted:
+            raise DesynchronisedError(
+                f"At step {numbers.step} the state (steps, loss scale, learning rate) of rank(s) {parted} is not that "
+                "of the other ranks. Their weights can no longer be trusted; look into those ranks' logs."
+            )
+
+    def _check_progress(self, numbers: StepNumbers) -> None:
+        """Raises DivergenceError after too many skipped steps that no lower loss scale can help."""
+        at_floor = not self.loss_scale.enabled or numbers.loss_scale <= self.loss_scale.minimum
+        self._consecutive_skips = self._consecutive_skips + 1 if numbers.overflow and at_floor else 0
+        if numbers.overflow:
+            self.reporter.event("overflow", step=numbers.step, loss_scale=numbers.loss_scale)
+        if self._consecutive_skips < self.loss_scale.patience:
+            return
+        lowest = f"the loss scale at its minimum ({self.loss_scale.minimum:g})" if self.loss_scale.enabled else ""
+        reason = "The loss is not finite: look" if numbers.loss != numbers.loss else "Look"
+        raise DivergenceError(
+            f"The last {self._consecutive_skips} steps, up to step {numbers.step}, had gradients that are not finite"
+            f"{', with ' + lowest if lowest else ''}. {reason} for a division by zero or a logarithm of zero in the "
+            "model, for bad samples, or lower optimizer.lr; precision=bf16 has a wider range than fp16."
+        )
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step whose numbers have not been read yet."""
+
+    ticket: StepTicket
+    started: float
+    data_seconds: float
+
+
+class _TimedBatches:
+    """An iterator that knows how long its consumer has waited for it."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        started = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self.seconds += time.perf_counter() - started
