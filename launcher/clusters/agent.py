@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from launcher.training.loop import Outcome
 
-__all__ = ["StopForwarder", "WorkersDied", "run_workers"]
+__all__ = ["StopForwarder", "WorkersDiedError", "run_workers"]
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 _GRACE_SECONDS = 3.0
 _POLL_SECONDS = 0.1
 
 
-class WorkersDied(Exception):
+class WorkersDiedError(Exception):
     """At least one worker ended without a result.
 
     Args:
@@ -75,7 +75,7 @@ def run_workers(run_path: Path, attempt: int, num_workers: int, agent_log: Path)
         Each rank's outcome.
 
     Raises:
-        WorkersDied: a worker failed, or was killed; the others have ended too.
+        WorkersDiedError: a worker failed, or was killed; the others have ended too.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -99,7 +99,7 @@ def run_workers(run_path: Path, attempt: int, num_workers: int, agent_log: Path)
         with _log_to(agent_log), _held_back_in_children(), reaper.watching():
             outcomes = elastic_launch(configuration, main)(str(run_path), attempt, os.getpid())
     except ChildFailedError as error:
-        raise WorkersDied(reaper.deaths()) from error
+        raise WorkersDiedError(reaper.deaths()) from error
     return cast("dict[int, Outcome]", outcomes)
 
 

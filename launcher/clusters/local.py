@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.clusters.agent import StopForwarder, WorkersDied, run_workers
+from launcher.clusters.agent import StopForwarder, WorkersDiedError, run_workers
 from launcher.clusters.attempts import create_run, end_run, reported_steps
 from launcher.config.rules import world_size
 from launcher.config.schema import RunConfig
@@ -57,7 +57,7 @@ def _attempt(
     started = time.time()
     try:
         outcomes = run_workers(run.path, attempt, world_size(config), run.agent_log(attempt, node_rank=0))
-    except WorkersDied as died:
+    except WorkersDiedError as died:
         silent = [_silent_death(run, attempt, rank, code) for rank, code in died.deaths.items()]
         failure = first_failure(run, attempt, silent)
         if forwarder.requested and (failure is None or failure.killed):

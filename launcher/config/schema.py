@@ -98,7 +98,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class LossScaleConfig:
-    """Dynamic loss scaling (Micikevicius et al., 2018). The defaults are torch's own rule, with a floor and a ceiling."""
+    """Dynamic loss scaling (Micikevicius et al., 2018). The default rule is torch's, with a floor and a ceiling."""
 
     enabled: bool = False
     """Scale the loss. FP16 needs it; BF16 and FP32 do not."""
