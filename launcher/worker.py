@@ -13,20 +13,25 @@ from typing import TextIO
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from launcher.config.files import load_config
-from launcher.config.instantiate import build_job, build_optimizer
-from launcher.config.rules import accumulation_steps
-from launcher.config.schema import Device, Dtype, RunConfig
+from launcher.config.instantiate import build_job, build_optimizer, optimizer_factory
+from launcher.config.rules import accumulation_steps, shard_ranks
+from launcher.config.schema import Device, Dtype, RunConfig, Strategy
 from launcher.environment import Ranks, thread_limit
 from launcher.errors import JobError
 from launcher.job import Job
 from launcher.observe import RunFacts, build_reporter
 from launcher.observe.ranklog import Streams, redirect_to_log
 from launcher.orphans import die_with_parent
-from launcher.parallel import parallelize
-from launcher.precision import ControlCollective, FoldedOptimizer, build_loss_scale
+from launcher.parallel import Layout, parallelize
+from launcher.precision import (
+    ControlCollective,
+    FoldedOptimizer,
+    SteppedParameters,
+    build_loss_scale,
+    is_elementwise,
+)
 from launcher.rundir import RunDirectory, State, Status, write_json
 from launcher.rundir.failures import Failure
 from launcher.training.batches import BatchShape, TrainingData, checked_dataset, derived_seed
@@ -194,29 +199,42 @@ def _build_learner(
     config: RunConfig, job: Job, device: torch.device, ranks: Ranks, shape: BatchShape, steps: int
 ) -> Learner:
     _seed_everything(derived_seed(config.seed, "model"))
-    model = job.build_model()
-    if not isinstance(model, nn.Module):
-        raise JobError(f"{type(job).__name__}.build_model returned {type(model).__name__}, not a torch.nn.Module.")
-    model.to(device)
-    if config.train.compile:
-        model.compile()
-    parallel = parallelize(model, config.parallel, device, ranks.world_size)
-    groups = list(job.parameter_groups(model))
+    dtype = _DTYPES[config.precision.dtype]
+    layout = Layout(
+        device=device,
+        dtype=dtype,
+        world_size=ranks.world_size,
+        shard_size=_shard_size(config, ranks),
+        compile=config.train.compile,
+        probe=config.precision.loss_scale.enabled and config.precision.loss_scale.attribute,
+    )
+    model = parallelize(job, config.parallel, layout)
+    groups = list(job.parameter_groups(model.module))
     if not groups:
         raise JobError(f"{type(job).__name__}: there is no parameter to train; every one is frozen, or there is none.")
+    stepped = SteppedParameters()
+    if is_elementwise(optimizer_factory(config.optimizer)):
+        groups = stepped.local(groups)
     return Learner(
         job=job,
-        model=parallel,
-        optimizer=FoldedOptimizer(build_optimizer(config.optimizer, groups)),
+        model=model,
+        optimizer=FoldedOptimizer(build_optimizer(config.optimizer, groups), stepped),
         loss_scale=build_loss_scale(config.precision.loss_scale, device),
         schedule=Schedule(config.schedule, steps, device),
         control=ControlCollective(device, ranks.world_size, ranks.rank),
         device=device,
-        dtype=_DTYPES[config.precision.dtype],
+        dtype=dtype,
         max_grad_norm=config.train.max_grad_norm,
         world_size=ranks.world_size,
         accumulation_steps=shape.accumulation_steps,
     )
+
+
+def _shard_size(config: RunConfig, ranks: Ranks) -> int:
+    """The ranks that share one copy of the master weights."""
+    if config.parallel.strategy is Strategy.ddp:
+        return 1
+    return shard_ranks(config) if config.parallel.strategy is Strategy.hsdp else ranks.world_size
 
 
 def _seed_everything(seed: int) -> None:

@@ -14,7 +14,7 @@ from launcher.job import Job
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["build_job", "build_optimizer"]
+__all__ = ["build_job", "build_optimizer", "optimizer_factory"]
 
 
 def build_job(node: Mapping[str, Any]) -> Job:
@@ -29,6 +29,12 @@ def build_job(node: Mapping[str, Any]) -> Job:
     return job
 
 
+def optimizer_factory(node: Mapping[str, Any]) -> Callable[..., Any]:
+    """What the configuration's optimizer is made by: as a rule its class."""
+    factory: Callable[..., Any] = get_object(str(node["_target_"]))
+    return factory
+
+
 def build_optimizer(node: Mapping[str, Any], parameters: Iterable[Any]) -> torch.optim.Optimizer:
     """The configured optimizer, fused where it can be and nothing else was asked for.
 
@@ -36,7 +42,7 @@ def build_optimizer(node: Mapping[str, Any], parameters: Iterable[Any]) -> torch
         ConfigurationError: the optimizer refuses its arguments.
     """
     arguments = dict(node)
-    factory: Callable[..., Any] = get_object(str(arguments["_target_"]))
+    factory = optimizer_factory(node)
     named = inspect.signature(factory).parameters
     if "fused" in named and not arguments.keys() & {"fused", "foreach", "differentiable", "capturable"}:
         arguments["fused"] = True

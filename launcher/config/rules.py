@@ -12,16 +12,22 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from launcher.config.schema import Decay, Device, Dtype, RunConfig
+from launcher.config.schema import Decay, Device, Dtype, RunConfig, Strategy
 from launcher.errors import ConfigurationError
 
-__all__ = ["accumulation_steps", "check", "global_batch_size", "world_size"]
+__all__ = ["accumulation_steps", "check", "global_batch_size", "shard_ranks", "world_size"]
 
 
 def world_size(config: RunConfig) -> int:
     """Workers in all; the cluster's defaults must have been filled in."""
     assert config.cluster.processes_per_node is not None
     return config.cluster.nodes * config.cluster.processes_per_node
+
+
+def shard_ranks(config: RunConfig) -> int:
+    """hsdp: the ranks that share one replica."""
+    assert config.cluster.processes_per_node is not None
+    return config.parallel.shard_size or config.cluster.processes_per_node
 
 
 def accumulation_steps(config: RunConfig, num_workers: int) -> int:
@@ -53,7 +59,7 @@ def check(config: RunConfig, num_gpus: int) -> list[str]:
         ConfigurationError: naming every value that is wrong, the valid ones, and what to do.
     """
     problems = [*_names(config), *_sizes(config), *_length_and_batch(config), *_placement(config, num_gpus)]
-    problems += [*_loss_scale(config), *_optimizer(config), *_schedule(config)]
+    problems += [*_parallel(config), *_loss_scale(config), *_optimizer(config), *_schedule(config)]
     if problems:
         raise ConfigurationError("\n".join(problems))
     return list(_warnings(config))
@@ -145,6 +151,22 @@ def _placement(config: RunConfig, num_gpus: int) -> Iterator[str]:
                 f"cluster.processes_per_node={cluster.processes_per_node} is more than the {num_gpus} GPU(s) here: "
                 f"use at most {num_gpus}, or device=cpu."
             )
+
+
+def _parallel(config: RunConfig) -> Iterator[str]:
+    parallel = config.parallel
+    yield from _at_least("parallel.shard_size", parallel.shard_size, 1)
+    if parallel.strategy is not Strategy.hsdp:
+        if parallel.shard_size is not None:
+            yield (
+                f"parallel.shard_size={parallel.shard_size} is for parallel=hsdp alone: "
+                f"leave it null with parallel.strategy={parallel.strategy.value}."
+            )
+        return
+    workers, shard_size = world_size(config), shard_ranks(config)
+    if workers > 0 and shard_size > 0 and workers % shard_size:
+        valid = ", ".join(str(size) for size in range(1, workers + 1) if workers % size == 0)
+        yield f"parallel.shard_size={shard_size} does not divide the {workers} worker(s). Valid: {valid}."
 
 
 def _loss_scale(config: RunConfig) -> Iterator[str]:

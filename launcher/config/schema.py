@@ -25,6 +25,7 @@ __all__ = [
     "Strategy",
     "TrackingConfig",
     "TrainConfig",
+    "Wrap",
 ]
 
 # OmegaConf reads the annotations at run time, so they are real types: no TYPE_CHECKING imports here.
@@ -51,6 +52,16 @@ class Strategy(str, Enum):
     """How the model, its gradients and its optimizer are laid out over the ranks."""
 
     ddp = "ddp"
+    zero2 = "zero2"
+    fsdp = "fsdp"
+    hsdp = "hsdp"
+
+
+class Wrap(str, Enum):
+    """What is gathered and freed in one piece when weights are sharded."""
+
+    blocks = "blocks"
+    model = "model"
 
 
 class Decay(str, Enum):
@@ -118,6 +129,9 @@ class LossScaleConfig:
     """The scale never rises above this (2^24)."""
     patience: int = 50
     """Consecutive skipped steps with the scale at its minimum (or with no scale) that end the run."""
+    attribute: bool = True
+    """Look at each rank's gradients once more before they cross the wire, so that an overflow event can name the rank
+    that it came from. Only if enabled; costs one more read of the gradients, while the backward pass runs."""
 
 
 @dataclass(kw_only=True)
@@ -135,9 +149,17 @@ class ParallelConfig:
     """How the model is laid out over the workers."""
 
     strategy: Strategy = Strategy.ddp
-    """ddp: FP32 weights on every rank."""
+    """ddp: FP32 weights on every rank. zero2: FP32 weights, gradients and optimizer state in shards, the weights to
+    compute with whole between forward and backward. fsdp: these in shards too. hsdp: shards inside a group of
+    shard_size ranks, replicas across groups."""
+    shard_size: int | None = None
+    """hsdp: ranks that share one replica; null: those of one node."""
+    wrap: Wrap = Wrap.blocks
+    """blocks: each of Job.blocks(model) by itself, the rest together. model: everything together."""
+    activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass instead of keeping them."""
     find_unused_parameters: bool = False
-    """Needed by models in which some parameters get no gradient in some steps; costs a walk of the graph."""
+    """ddp: needed by models in which some parameters get no gradient in some steps; costs a walk of the graph."""
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,5 @@
 """The only place where a model learns of ranks."""
 
-from launcher.parallel.parallelize import ParallelModel, parallelize
+from launcher.parallel.parallelize import Layout, ParallelModel, parallelize
 
-__all__ = ["ParallelModel", "parallelize"]
+__all__ = ["Layout", "ParallelModel", "parallelize"]

@@ -1,4 +1,12 @@
-"""From a model to a model whose gradients are averaged over the ranks."""
+"""From a job's model to one that is laid out over the ranks: the order of things.
+
+1. build: in full for ddp; for the sharding strategies without ever being held in full
+2. check what sharding cannot do
+3. activation checkpointing, around each block
+4. torch.compile: the whole model (ddp), or each block (sharded), inside the collectives
+5. wrap: DistributedDataParallel, or ``fully_shard`` on each block and on the rest
+6. materialise: each rank keeps its shards of the initial weights
+"""
 
 from __future__ import annotations
 
@@ -8,11 +16,32 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from launcher.config.schema import ParallelConfig
+from launcher.config.schema import ParallelConfig, Strategy, Wrap
+from launcher.errors import JobError
+from launcher.job import Job
+from launcher.parallel.blocks import checkpoint_activations, checked_blocks, checked_model
+from launcher.parallel.probes import OverflowProbe
+from launcher.parallel.sharding import build_sharded
 
-__all__ = ["ParallelModel", "parallelize"]
+__all__ = ["Layout", "ParallelModel", "parallelize"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who computes, on what, in which type."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of the forward and backward pass."""
+    world_size: int
+    shard_size: int
+    """Ranks that share one copy of the master weights: 1 under ddp."""
+    compile: bool
+    probe: bool
+    """Whether to look at the gradients before they cross the wire."""
 
 
 @dataclass(frozen=True)
@@ -20,21 +49,31 @@ class ParallelModel:
     """A model as the ranks see it."""
 
     module: nn.Module
-    """The user's model, with the parameters that are trained."""
+    """The user's model, with the parameters that are trained: DTensors where they are sharded."""
     training: nn.Module
     """What a training forward pass calls."""
+    world_size: int
     num_gradient_copies: int
     """How many ranks hold the same gradient after the backward pass."""
+    probe: OverflowProbe | None
+    averages: bool = True
+    """Whether the ranks' gradients are averaged on their way, or summed."""
 
-    def synchronising(self, last: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def synchronising(self, last: bool) -> Iterator[None]:
         """Around forward and backward: gradients cross the wire in the last micro-batch only."""
-        if last or not isinstance(self.training, DistributedDataParallel):
-            return nullcontext()
-        return self.training.no_sync()
+        context: AbstractContextManager[None] = nullcontext()
+        if isinstance(self.training, FSDPModule):
+            self.training.set_requires_gradient_sync(last)
+            self.training.set_is_last_backward(last)
+        elif isinstance(self.training, DistributedDataParallel) and not last:
+            context = self.training.no_sync()
+        with context:
+            yield
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The model to call for validation: no gradients, evaluation mode, no collective."""
+        """The model to call for validation: evaluation mode, no gradients. Sharded, each call is collective."""
         was_training = self.module.training
         self.module.eval()
         try:
@@ -42,21 +81,66 @@ class ParallelModel:
                 yield self.module
         finally:
             self.module.train(was_training)
+            for part in self.module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
+
+    def missing_gradients(self) -> list[str]:
+        """Trainable parameters without a gradient, by name."""
+        named = self.module.named_parameters()
+        return [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
+
+    def check_gradients(self) -> None:
+        """After the first backward pass: raises JobError if DDP has waited for a gradient that never came."""
+        missing = self.missing_gradients()
+        if isinstance(self.training, DistributedDataParallel) and missing:
+            shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+            raise JobError(
+                f"{len(missing)} trainable parameter(s) got no gradient: {shown}. Freeze them "
+                "(requires_grad_(False)), use them in the loss, or set parallel.find_unused_parameters=true."
+            )
 
 
-def parallelize(model: nn.Module, config: ParallelConfig, device: torch.device, world_size: int) -> ParallelModel:
-    """Lay ``model`` (on ``device``, the same weights on every rank) out over the ranks.
+def parallelize(job: Job, config: ParallelConfig, layout: Layout) -> ParallelModel:
+    """Build the job's model and lay it out. Call it under the run's seed, on all ranks.
 
-    The average over ranks is DDP's: each bucket is divided by ``world_size`` and summed while the
-    backward pass still runs.
+    Raises:
+        JobError: the model cannot be laid out like this.
     """
-    model.train()
-    if world_size == 1:
-        return ParallelModel(module=model, training=model, num_gradient_copies=1)
+    if config.strategy is Strategy.ddp:
+        return _replicated(job, config, layout)
+
+    def prepare(model: nn.Module) -> list[nn.Module]:
+        blocks = checked_blocks(job, model) if config.wrap is Wrap.blocks else []
+        if config.activation_checkpointing:
+            checkpoint_activations(checked_blocks(job, model))
+        if layout.compile:
+            for part in blocks or [model]:
+                part.compile()
+        return blocks
+
+    model, probe = build_sharded(job.build_model, prepare, config.strategy, layout)
+    replicas = layout.world_size // layout.shard_size
+    return ParallelModel(model, model, layout.world_size, num_gradient_copies=replicas, probe=probe)
+
+
+def _replicated(job: Job, config: ParallelConfig, layout: Layout) -> ParallelModel:
+    model = checked_model(job.build_model(), job).to(layout.device).train()
+    if config.activation_checkpointing:
+        checkpoint_activations(checked_blocks(job, model))
+    if layout.compile:
+        model.compile()
+    if layout.world_size == 1:
+        return ParallelModel(model, model, 1, num_gradient_copies=1, probe=None)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise JobError(f"{type(job).__name__}: every parameter is frozen; there is nothing to train.")
     training = DistributedDataParallel(
         model,
-        device_ids=[device] if device.type == "cuda" else None,
+        device_ids=[layout.device] if layout.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         find_unused_parameters=config.find_unused_parameters,
     )
-    return ParallelModel(module=model, training=training, num_gradient_copies=world_size)
+    probe = OverflowProbe(layout.device) if layout.probe else None
+    if probe is not None:
+        probe.watch_replicated(training)
+    return ParallelModel(model, training, layout.world_size, layout.world_size, probe=probe, averages=probe is None)

@@ -3,6 +3,7 @@
 from launcher.precision.control import Agreement, ControlCollective, Sums
 from launcher.precision.folded import FoldedOptimizer
 from launcher.precision.loss_scale import DynamicLossScale, LossScale, NoLossScale, build_loss_scale
+from launcher.precision.stepped import SteppedParameters, is_elementwise
 
 __all__ = [
     "Agreement",
@@ -11,6 +12,8 @@ __all__ = [
     "FoldedOptimizer",
     "LossScale",
     "NoLossScale",
+    "SteppedParameters",
     "Sums",
     "build_loss_scale",
+    "is_elementwise",
 ]

@@ -2,7 +2,7 @@
 
 Each rank measures its gradients once, packs the measure with its loss, items and votes into one float64
 vector, and one SUM all-reduce makes it everybody's. Float64 keeps item counts exact up to 2^53, and the
-loss of a billion tokens; the vector's size is ``5 + world_size`` numbers, whatever the model's.
+loss of a billion tokens; the vector's size is ``5 + 2 world_size`` numbers, whatever the model's.
 
 The result stays on the device for the step, and is copied to the host without blocking: the loop reads
 the previous step's copy. All ranks read the same numbers, and so take the same decisions.
@@ -43,6 +43,10 @@ class Agreement:
     """Ranks that have been asked to stop."""
     digests: Tensor
     """(world_size,): every rank's digest of its (step, loss scale, learning rate)."""
+    origins: Tensor
+    """(world_size,): buckets of each rank that were not finite before they crossed the wire."""
+    norms: Tensor
+    """(gradients,): this rank's own measure, FP32, not agreed on; empty without gradients."""
 
 
 class ControlCollective:
@@ -57,9 +61,17 @@ class ControlCollective:
         self._device = device
         self._world_size = world_size
         self._rank = rank
-        self._vector = torch.zeros(_DIGESTS + world_size, dtype=torch.float64, device=device)
+        self._vector = torch.zeros(_DIGESTS + 2 * world_size, dtype=torch.float64, device=device)
 
-    def agree(self, gradients: list[Tensor], sums: Sums, digest: Tensor, stop: bool, share: float = 1.0) -> Agreement:
+    def agree(
+        self,
+        gradients: list[Tensor],
+        sums: Sums,
+        digest: Tensor,
+        stop: bool,
+        share: float = 1.0,
+        origin: Tensor | None = None,
+    ) -> Agreement:
         """One read pass over ``gradients``, one all-reduce.
 
         Args:
@@ -68,18 +80,22 @@ class ControlCollective:
             digest: float64 scalar that must be the same on all ranks.
             stop: this rank's vote to stop after this step.
             share: what this rank adds to the sums over the gradients: 1 / replicas of each gradient.
+            origin: how many of this rank's buckets were not finite before the wire, float64 scalar.
         """
         vector = self._vector.zero_()
+        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else vector.new_zeros(0)
         if gradients:
-            norms = torch.stack(torch._foreach_norm(gradients)).double()
-            vector[_SQUARED_NORM] = norms.square().sum() * share
+            vector[_SQUARED_NORM] = norms.double().square().sum() * share
             vector[_NON_FINITE] = (~norms.isfinite()).sum() * share
         vector[_LOSS] = sums.loss
         vector[_ITEMS] = sums.items
         vector[_STOP_VOTES] = float(stop)
         vector[_DIGESTS + self._rank] = digest
+        if origin is not None:
+            vector[_DIGESTS + self._world_size + self._rank] = origin
         if self._world_size > 1:
             dist.all_reduce(vector)
         agreed = vector.clone()
         squared_norm, non_finite, loss, items, stop_votes = agreed[:_DIGESTS].unbind()
-        return Agreement(squared_norm, non_finite, loss, items, stop_votes, digests=agreed[_DIGESTS:])
+        digests, origins = torch.split(agreed[_DIGESTS:], self._world_size)
+        return Agreement(squared_norm, non_finite, loss, items, stop_votes, digests, origins, norms)

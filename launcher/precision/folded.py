@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launcher.precision.stepped import SteppedParameters
+
 __all__ = ["FoldedOptimizer"]
 
 _log = logging.getLogger(__name__)
@@ -28,10 +30,12 @@ class FoldedOptimizer:
 
     Args:
         optimizer: any torch optimizer. Fused Adam, AdamW, SGD and Adagrad fold; others are slower.
+        stepped: what the optimizer steps for each of the model's parameters; the parameters themselves if None.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, stepped: SteppedParameters | None = None) -> None:
         self.optimizer = optimizer
+        self.stepped = stepped or SteppedParameters()
         self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.folds = _folds(optimizer)
         """Whether one pass does everything, with no wait for the device."""
@@ -46,12 +50,12 @@ class FoldedOptimizer:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """All parameters, in the order of the groups."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        """The model's parameters, in the order of the groups."""
+        return [self.stepped.source(target) for group in self.optimizer.param_groups for target in group["params"]]
 
     def gradients(self) -> list[Tensor]:
-        """The gradients there are; parameters without one are passed over."""
-        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        """This rank's part of the gradients there are; parameters without one are passed over."""
+        return self.stepped.gradients(self.optimizer)
 
     def set_rate_factor(self, factor: Tensor) -> None:
         """Multiply every group's configured learning rate by ``factor``, a float64 scalar on the device."""
@@ -86,6 +90,7 @@ class FoldedOptimizer:
     def zero_grad(self) -> None:
         """Forget the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.stepped.zero_grad()
 
 
 def _folds(optimizer: torch.optim.Optimizer) -> bool:

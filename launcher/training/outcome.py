@@ -34,6 +34,8 @@ class StepNumbers:
     """Whether any rank has voted to stop."""
     digests: tuple[float, ...]
     """Each rank's digest of its state before the step."""
+    origins: tuple[int, ...]
+    """Ranks whose own gradients were not finite, before the wire; empty if nobody has looked."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class StepTicket:
     """Numbers that may still be computed. ``read`` waits for them, and for nothing that came later."""
 
     step: int
+    norms: Tensor
+    """This rank's measure of each gradient, on the device."""
     _host: Tensor
     _copied: torch.cuda.Event | None
 
@@ -66,20 +70,21 @@ class StepTicket:
             rate_factor,
             applied_steps,
         )
-        packed = torch.cat([torch.stack([scalar.double() for scalar in scalars]), agreement.digests])
+        packed = torch.cat([torch.stack([scalar.double() for scalar in scalars]), agreement.digests, agreement.origins])
         if packed.device.type != "cuda":
-            return cls(step, packed, None)
+            return cls(step, agreement.norms, packed, None)
         host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
         host.copy_(packed, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
-        return cls(step, host, copied)
+        return cls(step, agreement.norms, host, copied)
 
     def read(self) -> StepNumbers:
         """The step's numbers, once they have arrived."""
         if self._copied is not None:
             self._copied.synchronize()
-        loss, items, stop, grad_norm, found_inf, loss_scale, rate_factor, applied, *digests = self._host.tolist()
+        loss, items, stop, grad_norm, found_inf, loss_scale, rate_factor, applied, *slots = self._host.tolist()
+        digests, origins = slots[: len(slots) // 2], slots[len(slots) // 2 :]
         return StepNumbers(
             step=self.step,
             loss=loss / items if items > 0 else float("nan"),
@@ -90,4 +95,5 @@ class StepTicket:
             applied_steps=int(applied),
             stop=stop > 0,
             digests=tuple(digests),
+            origins=tuple(rank for rank, count in enumerate(origins) if count),
         )

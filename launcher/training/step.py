@@ -82,12 +82,16 @@ def train_step(learner: Learner, micro_batches: Iterable[Any], stop: bool) -> St
     loss_scale = learner.loss_scale.scale.clone()
 
     sums = _accumulate(learner, micro_batches)
+    if learner.steps == 0:
+        learner.model.check_gradients()
+    gradients = learner.optimizer.gradients()
     agreement = learner.control.agree(
-        learner.optimizer.gradients(),
+        gradients,
         sums,
         digest=_digest(learner, loss_scale, rate_factor),
         stop=stop,
         share=1.0 / learner.model.num_gradient_copies,
+        origin=learner.model.probe.take() if learner.model.probe is not None else None,
     )
     verdict = _judge(learner, agreement, loss_scale)
     learner.optimizer.step(verdict.divisor, verdict.found_inf)
@@ -111,6 +115,8 @@ def _accumulate(learner: Learner, micro_batches: Iterable[Any]) -> Sums:
     """Forward and backward over the micro-batches; the gradients cross the wire in the last one."""
     loss, items = learner.zero.clone(), learner.zero.clone()
     last = learner.accumulation_steps - 1
+    # The ranks' gradients are averaged or summed on their way; summed is what is meant.
+    ranks = learner.world_size if learner.model.averages else 1
     for index, batch in enumerate(micro_batches):
         with learner.model.synchronising(last=index == last):
             with learner.autocast():
@@ -119,9 +125,8 @@ def _accumulate(learner: Learner, micro_batches: Iterable[Any]) -> Sums:
             count = _as_tensor(output.items, learner.device)
             if learner.expected_items is None:
                 learner.expected_items = _expected_items(learner, count)
-            # The ranks' gradients are averaged; summed is what is meant. A power of two rounds nothing.
-            factor = learner.world_size / learner.expected_items
-            torch.autograd.backward(output.loss.float() * (learner.loss_scale.scale * factor))
+            scale = learner.loss_scale.scale * (ranks / learner.expected_items)
+            torch.autograd.backward(output.loss.float() * scale)
         loss += output.loss.detach()
         items += count
     return Sums(loss=loss, items=items)

@@ -1,0 +1,100 @@
+"""Shards by torch's ``fully_shard``: FP32 master weights, gradients and, through them, optimizer state.
+
+Autocast stays on: it decides operation by operation, so that norms, softmax and losses stay FP32, and its
+casts of weights that are 16-bit already cost nothing. Inputs are not cast at block borders, or the
+residual stream would lose its precision there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from launcher.config.schema import Strategy
+from launcher.parallel.blocks import refuse_unshardable
+from launcher.parallel.deferred import DeferredModel, NotDeferrableError, build_deferred
+from launcher.parallel.probes import OverflowProbe
+
+if TYPE_CHECKING:
+    from launcher.parallel.parallelize import Layout
+
+__all__ = ["build_sharded"]
+
+_log = logging.getLogger(__name__)
+
+
+def build_sharded(
+    build: Callable[[], nn.Module],
+    prepare: Callable[[nn.Module], list[nn.Module]],
+    strategy: Strategy,
+    layout: Layout,
+) -> tuple[nn.Module, OverflowProbe | None]:
+    """Build, shard and fill a model.
+
+    Args:
+        build: makes the model.
+        prepare: called on the model before it is sharded; returns the blocks to shard by themselves.
+        strategy: zero2, fsdp or hsdp.
+        layout: of the ranks.
+    """
+    generator = torch.get_rng_state()
+    deferred: DeferredModel | None = None
+    try:
+        deferred = build_deferred(build)
+        model = deferred.module
+    except NotDeferrableError as error:
+        torch.set_rng_state(generator)
+        _log.warning("The model's initialisation cannot be deferred (%s): every rank builds it in full.", error)
+        model = build()
+    torch.set_rng_state(generator)
+    blocks = prepare(model)
+    refuse_unshardable(model, blocks, type(model).__name__)
+    probe = OverflowProbe(layout.device) if layout.probe else None
+    _shard(model, blocks, strategy, layout, probe)
+    if deferred is None:
+        model.to(layout.device)
+    else:
+        model.to_empty(device=layout.device)
+        _fill(model, deferred)
+    return model.train(), probe
+
+
+def _shard(
+    model: nn.Module, blocks: list[nn.Module], strategy: Strategy, layout: Layout, probe: OverflowProbe | None
+) -> None:
+    half = layout.dtype if layout.dtype is not torch.float32 else None
+    # Gradients are reduced, and accumulated between micro-batches, in reduce_dtype.
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = _mesh(strategy, layout)
+    for part in [*blocks, model]:
+        fully_shard(part, mesh=mesh, reshard_after_forward=strategy is not Strategy.zero2, mp_policy=policy)
+        if probe is not None:
+            probe.watch_sharded(cast("FSDPModule", part))
+
+
+def _mesh(strategy: Strategy, layout: Layout) -> DeviceMesh:
+    if strategy is not Strategy.hsdp:
+        return init_device_mesh(layout.device.type, (layout.world_size,), mesh_dim_names=("shard",))
+    shape = (layout.world_size // layout.shard_size, layout.shard_size)
+    return init_device_mesh(layout.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, deferred: DeferredModel) -> None:
+    """Give every parameter its shard of the initial value, every buffer its value."""
+    places: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, value in deferred.replay():
+        place = places.pop(name)
+        value = value.to(place.device)
+        if isinstance(place, DTensor):
+            # No communication: every rank has the same value and takes its part.
+            value = distribute_tensor(value, place.device_mesh, place.placements, src_data_rank=None)
+        place.copy_(value)
+    assert not places, f"not initialised: {sorted(places)}"
