@@ -13,6 +13,7 @@ from typing import TextIO
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from launcher.config.files import load_config
 from launcher.config.instantiate import build_job, build_optimizer, optimizer_factory
@@ -159,6 +160,7 @@ class _Life:
                 self._run, facts, self._terminal, config.tracking.console.value, train.log_every, status
             ),
             stop=self._stop,
+            hosts=_all_hosts(ranks),
         )
 
     def _conclude(self, outcome: Outcome, digest: str, seconds: float) -> None:
@@ -215,10 +217,12 @@ def _build_learner(
     stepped = SteppedParameters()
     if is_elementwise(optimizer_factory(config.optimizer)):
         groups = stepped.local(groups)
+    optimizer = FoldedOptimizer(build_optimizer(config.optimizer, groups), stepped)
     return Learner(
         job=job,
         model=model,
-        optimizer=FoldedOptimizer(build_optimizer(config.optimizer, groups), stepped),
+        optimizer=optimizer,
+        parameter_names=_parameter_names(model.module, optimizer),
         loss_scale=build_loss_scale(config.precision.loss_scale, device),
         schedule=Schedule(config.schedule, steps, device),
         control=ControlCollective(device, ranks.world_size, ranks.rank),
@@ -228,6 +232,19 @@ def _build_learner(
         world_size=ranks.world_size,
         accumulation_steps=shape.accumulation_steps,
     )
+
+
+def _all_hosts(ranks: Ranks) -> tuple[str, ...]:
+    """Each rank's host; collective."""
+    hosts: list[str] = [""] * ranks.world_size
+    dist.all_gather_object(hosts, ranks.host)
+    return tuple(hosts)
+
+
+def _parameter_names(model: nn.Module, optimizer: FoldedOptimizer) -> list[str]:
+    """Of what is trained, by module path, in the optimizer's order."""
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return [names.get(parameter, "?") for parameter in optimizer.parameters]
 
 
 def _shard_size(config: RunConfig, ranks: Ranks) -> int:

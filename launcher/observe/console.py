@@ -18,6 +18,16 @@ class _Numbers(ProgressColumn):
         return Text(task.fields.get("numbers", ""))
 
 
+def _overflow(details: dict[str, Any]) -> str:
+    """Where an overflow came from, in one line."""
+    ranks = ", ".join(f"rank {rank} on {host}" for rank, host in zip(details["ranks"], details["hosts"], strict=True))
+    where = ranks or ("in the sum over the ranks" if details["before_wire"] is False else "some rank")
+    count, shown = details["num_parameters"], ", ".join(details["parameters"])
+    more = "" if count <= len(details["parameters"]) else ", …"
+    cause = "" if details["loss_is_finite"] else "the loss is not finite; "
+    return f"skipped; {cause}{where}; {count} parameter(s): {shown}{more}; loss scale {details['loss_scale']:g}"
+
+
 class Console:
     """Rank 0's view of a run.
 
@@ -71,10 +81,9 @@ class Console:
         self.say(f"step {step:>{self._width}}/{self._total_steps}  validation: {listed}")
 
     def event(self, event: str, step: int, details: dict[str, Any]) -> None:
-        """Anything else; an overflow while the loss scale is still high is daily business."""
-        listed = "  ".join(f"{name} {value}" for name, value in details.items())
-        if self._progress is None or event != "overflow":
-            self.say(f"step {step:>{self._width}}/{self._total_steps}  {event}: {listed}")
+        """Anything else."""
+        listed = _overflow(details) if event == "overflow" else "  ".join(f"{k} {v}" for k, v in details.items())
+        self.say(f"step {step:>{self._width}}/{self._total_steps}  {event}{': ' if listed else ''}{listed}")
 
     def finish(self, result: dict[str, Any]) -> None:
         """What the run came to."""

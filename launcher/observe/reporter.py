@@ -6,6 +6,7 @@ import json
 import resource
 import time
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Protocol, TextIO
 
 import torch
@@ -137,7 +138,11 @@ class RunReporter(Reporter):
 
     def _write(self, kind: str, values: dict[str, Any]) -> None:
         line = {"kind": kind, "attempt": self._facts.attempt, **values, "time": time.time()}
-        self._file.write(json.dumps(line) + "\n")
+        # JSON knows no NaN and no infinity: they become null.
+        strict = {
+            key: None if isinstance(value, float) and not isfinite(value) else value for key, value in line.items()
+        }
+        self._file.write(json.dumps(strict) + "\n")
 
 
 def _memory_gib(device: torch.device) -> float:

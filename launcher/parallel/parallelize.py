@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launcher.config.schema import ParallelConfig, Strategy, Wrap
 from launcher.errors import JobError
 from launcher.job import Job
-from launcher.parallel.blocks import checkpoint_activations, checked_blocks, checked_model
+from launcher.parallel.blocks import checked_blocks, checked_model, checkpoint_activations
 from launcher.parallel.probes import OverflowProbe
 from launcher.parallel.sharding import build_sharded
 

@@ -90,11 +90,12 @@ def _mesh(strategy: Strategy, layout: Layout) -> DeviceMesh:
 def _fill(model: nn.Module, deferred: DeferredModel) -> None:
     """Give every parameter its shard of the initial value, every buffer its value."""
     places: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, value in deferred.replay():
+    for name, initial in deferred.replay():
         place = places.pop(name)
-        value = value.to(place.device)
+        value = initial.to(place.device)
         if isinstance(place, DTensor):
             # No communication: every rank has the same value and takes its part.
-            value = distribute_tensor(value, place.device_mesh, place.placements, src_data_rank=None)
-        place.copy_(value)
+            place.copy_(distribute_tensor(value, place.device_mesh, place.placements, src_data_rank=None))
+        else:
+            place.copy_(value)
     assert not places, f"not initialised: {sorted(places)}"

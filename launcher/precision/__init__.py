@@ -1,19 +1,23 @@
 """Mixed precision: the loss scale, the one collective of a step, and the folded optimizer step."""
 
+from launcher.precision.attribution import Attribution, attribute
 from launcher.precision.control import Agreement, ControlCollective, Sums
-from launcher.precision.folded import FoldedOptimizer
+from launcher.precision.folded import FoldedOptimizer, Gradients
 from launcher.precision.loss_scale import DynamicLossScale, LossScale, NoLossScale, build_loss_scale
 from launcher.precision.stepped import SteppedParameters, is_elementwise
 
 __all__ = [
     "Agreement",
+    "Attribution",
     "ControlCollective",
     "DynamicLossScale",
     "FoldedOptimizer",
+    "Gradients",
     "LossScale",
     "NoLossScale",
     "SteppedParameters",
     "Sums",
+    "attribute",
     "build_loss_scale",
     "is_elementwise",
 ]

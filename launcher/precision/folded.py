@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +21,18 @@ from torch import Tensor
 
 from launcher.precision.stepped import SteppedParameters
 
-__all__ = ["FoldedOptimizer"]
+__all__ = ["FoldedOptimizer", "Gradients"]
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """This rank's part of a step's gradients, as plain tensors."""
+
+    indices: list[int]
+    """Which parameters they belong to, in the optimizer's order; parameters without one are passed over."""
+    values: list[Tensor]
 
 
 class FoldedOptimizer:
@@ -50,12 +60,14 @@ class FoldedOptimizer:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The model's parameters, in the order of the groups."""
+        """The model's parameters, in the optimizer's order: that of its groups."""
         return [self.stepped.source(target) for group in self.optimizer.param_groups for target in group["params"]]
 
-    def gradients(self) -> list[Tensor]:
-        """This rank's part of the gradients there are; parameters without one are passed over."""
-        return self.stepped.gradients(self.optimizer)
+    def gradients(self) -> Gradients:
+        """The gradients there are, bound to what is stepped."""
+        bound = self.stepped.bind_gradients(self.optimizer)
+        indices = [index for index, gradient in enumerate(bound) if gradient is not None]
+        return Gradients(indices, [gradient for gradient in bound if gradient is not None])
 
     def set_rate_factor(self, factor: Tensor) -> None:
         """Multiply every group's configured learning rate by ``factor``, a float64 scalar on the device."""
@@ -82,7 +94,7 @@ class FoldedOptimizer:
             finally:
                 del self.optimizer.grad_scale, self.optimizer.found_inf  # type: ignore[attr-defined]
         elif not found_inf.item():
-            gradients = self.gradients()
+            gradients = self.gradients().values
             if gradients:
                 torch._foreach_div_(gradients, divisor)
             self.optimizer.step()

@@ -70,9 +70,9 @@ class SteppedParameters:
         """The model's parameter behind what is stepped."""
         return self._sources.get(target, target)
 
-    def gradients(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """Bind each shard's gradient, and return all gradients as plain tensors."""
-        gradients = []
+    def bind_gradients(self, optimizer: torch.optim.Optimizer) -> list[Tensor | None]:
+        """Give each shard its gradient; return all as plain tensors, None where there is none."""
+        gradients: list[Tensor | None] = []
         with torch.no_grad():
             for group in optimizer.param_groups:
                 for target in group["params"]:
@@ -80,8 +80,7 @@ class SteppedParameters:
                     local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
                     if target in self._sources:
                         target.grad = local
-                    if local is not None:
-                        gradients.append(local)
+                    gradients.append(local)
         return gradients
 
     def zero_grad(self) -> None:

@@ -6,6 +6,7 @@ numbers, so they report, validate, stop and give up after the same step without 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 from launcher.config.schema import LossScaleConfig, TrainConfig
 from launcher.errors import DesynchronisedError, DivergenceError
 from launcher.observe import Reporter, StepTiming
+from launcher.precision import attribute
 from launcher.training.batches import TrainingData
 from launcher.training.outcome import StepNumbers, StepTicket
 from launcher.training.step import Learner, train_step
@@ -60,6 +62,8 @@ class Trainer:
     total_steps: int
     reporter: Reporter
     stop: StopRequest
+    hosts: tuple[str, ...]
+    """Each rank's."""
     _consecutive_skips: int = field(default=0, init=False)
 
     def train(self) -> Outcome:
@@ -110,8 +114,32 @@ class Trainer:
         numbers = pending.ticket.read()
         self.reporter.step(numbers, StepTiming((ended or time.perf_counter()) - pending.started, pending.data_seconds))
         self._check_together(numbers)
+        if numbers.overflow:
+            self._report_overflow(pending.ticket, numbers)
         self._check_progress(numbers)
         return numbers
+
+    def _report_overflow(self, ticket: StepTicket, numbers: StepNumbers) -> None:
+        """Say where a skipped step's gradients went wrong; collective."""
+        looked = self.learner.model.probe is not None
+        found = attribute(
+            ticket.measured,
+            ticket.norms,
+            self.learner.parameter_names,
+            numbers.origins if looked else None,
+            self.hosts,
+        )
+        self.reporter.event(
+            "overflow",
+            step=numbers.step,
+            loss_scale=numbers.loss_scale,
+            loss_is_finite=math.isfinite(numbers.loss),
+            ranks=list(found.ranks),
+            hosts=list(found.hosts),
+            before_wire=found.before_wire,
+            num_parameters=found.num_parameters,
+            parameters=list(found.parameters),
+        )
 
     def _check_together(self, numbers: StepNumbers) -> None:
         """Raises DesynchronisedError naming the ranks whose state has parted from most others'."""
@@ -127,16 +155,22 @@ class Trainer:
         """Raises DivergenceError after too many skipped steps that no lower loss scale can help."""
         at_floor = not self.loss_scale.enabled or numbers.loss_scale <= self.loss_scale.minimum
         self._consecutive_skips = self._consecutive_skips + 1 if numbers.overflow and at_floor else 0
-        if numbers.overflow:
-            self.reporter.event("overflow", step=numbers.step, loss_scale=numbers.loss_scale)
         if self._consecutive_skips < self.loss_scale.patience:
             return
-        lowest = f"the loss scale at its minimum ({self.loss_scale.minimum:g})" if self.loss_scale.enabled else ""
-        reason = "The loss is not finite: look" if numbers.loss != numbers.loss else "Look"
+        floor = f", with the loss scale at its minimum ({self.loss_scale.minimum:g})" if self.loss_scale.enabled else ""
+        if math.isfinite(numbers.loss):
+            diagnosis = (
+                "The loss itself is finite, so the gradients are too large for the precision: lower optimizer.lr, "
+                "normalise the loss or its inputs, or use precision=bf16, whose range is FP32's."
+            )
+        else:
+            diagnosis = (
+                "The loss itself is not finite, so no loss scale can help: look for bad samples, a division by zero "
+                "or a logarithm of zero in the model, or a learning rate that has ruined the weights."
+            )
         raise DivergenceError(
-            f"The last {self._consecutive_skips} steps, up to step {numbers.step}, had gradients that are not finite"
-            f"{', with ' + lowest if lowest else ''}. {reason} for a division by zero or a logarithm of zero in the "
-            "model, for bad samples, or lower optimizer.lr; precision=bf16 has a wider range than fp16."
+            f"The last {self._consecutive_skips} steps, up to step {numbers.step}, were skipped because gradients were "
+            f"not finite{floor}. {diagnosis} metrics.jsonl names the parameters and ranks of each overflow."
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from launcher.precision import Agreement
+from launcher.precision import Agreement, Gradients
 
 __all__ = ["StepNumbers", "StepTicket"]
 
@@ -43,8 +43,10 @@ class StepTicket:
     """Numbers that may still be computed. ``read`` waits for them, and for nothing that came later."""
 
     step: int
+    measured: Gradients
+    """Which gradients ``norms`` measures; their values are gone."""
     norms: Tensor
-    """This rank's measure of each gradient, on the device."""
+    """(gradients,): this rank's measure of each, on the device."""
     _host: Tensor
     _copied: torch.cuda.Event | None
 
@@ -52,6 +54,7 @@ class StepTicket:
     def of(
         cls,
         step: int,
+        gradients: Gradients,
         agreement: Agreement,
         grad_norm: Tensor,
         found_inf: Tensor,
@@ -60,6 +63,7 @@ class StepTicket:
         applied_steps: Tensor,
     ) -> StepTicket:
         """Pack the numbers and start their copy to pinned host memory."""
+        measured = Gradients(gradients.indices, [])
         scalars = (
             agreement.loss,
             agreement.items,
@@ -72,12 +76,12 @@ class StepTicket:
         )
         packed = torch.cat([torch.stack([scalar.double() for scalar in scalars]), agreement.digests, agreement.origins])
         if packed.device.type != "cuda":
-            return cls(step, agreement.norms, packed, None)
+            return cls(step, measured, agreement.norms, packed, None)
         host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
         host.copy_(packed, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
-        return cls(step, agreement.norms, host, copied)
+        return cls(step, measured, agreement.norms, host, copied)
 
     def read(self) -> StepNumbers:
         """The step's numbers, once they have arrived."""

@@ -40,6 +40,8 @@ class Learner:
     max_grad_norm: float | None
     world_size: int
     accumulation_steps: int
+    parameter_names: list[str]
+    """Of what is trained, in the optimizer's order."""
     expected_items: float | None = None
     """Items in a global batch, to the next power of two, as the first step saw them; fixed for the run."""
     steps: int = 0
@@ -86,7 +88,7 @@ def train_step(learner: Learner, micro_batches: Iterable[Any], stop: bool) -> St
         learner.model.check_gradients()
     gradients = learner.optimizer.gradients()
     agreement = learner.control.agree(
-        gradients,
+        gradients.values,
         sums,
         digest=_digest(learner, loss_scale, rate_factor),
         stop=stop,
@@ -102,6 +104,7 @@ def train_step(learner: Learner, micro_batches: Iterable[Any], stop: bool) -> St
 
     return StepTicket.of(
         step=learner.steps,
+        gradients=gradients,
         agreement=agreement,
         grad_norm=verdict.grad_norm,
         found_inf=verdict.found_inf,
