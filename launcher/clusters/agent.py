@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,15 +78,18 @@ def run_workers(run_path: Path, attempt: int, num_workers: int, agent_log: Path)
     Raises:
         WorkersDiedError: a worker failed, or was killed; the others have ended too.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from launcher.worker import main
 
+    scratch = tempfile.TemporaryDirectory(prefix="tminus-")  # the agent's own files; it never removes them
     configuration = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_workers,
+        logs_specs=DefaultLogsSpecs(log_dir=scratch.name),
         run_id=run_path.name,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",  # port 0: the kernel picks a free one
@@ -96,7 +100,7 @@ def run_workers(run_path: Path, attempt: int, num_workers: int, agent_log: Path)
     )
     reaper = _Reaper(num_workers)
     try:
-        with _log_to(agent_log), _held_back_in_children(), reaper.watching():
+        with scratch, _log_to(agent_log), _held_back_in_children(), reaper.watching():
             outcomes = elastic_launch(configuration, main)(str(run_path), attempt, os.getpid())
     except ChildFailedError as error:
         raise WorkersDiedError(reaper.deaths()) from error
