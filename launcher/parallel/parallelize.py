@@ -92,8 +92,10 @@ class ParallelModel:
 
     def check_gradients(self) -> None:
         """After the first backward pass: raises JobError if DDP has waited for a gradient that never came."""
+        if not isinstance(self.training, DistributedDataParallel) or self.training.find_unused_parameters:
+            return
         missing = self.missing_gradients()
-        if isinstance(self.training, DistributedDataParallel) and missing:
+        if missing:
             shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
             raise JobError(
                 f"{len(missing)} trainable parameter(s) got no gradient: {shown}. Freeze them "
