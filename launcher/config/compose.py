@@ -6,11 +6,12 @@ Hydra runs here, in the launching process, and nowhere else: workers load ``conf
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from hydra import main as hydra_main
@@ -27,11 +28,13 @@ from omegaconf.errors import OmegaConfBaseException
 from launcher.config.nearest import nearest
 from launcher.config.schema import RunConfig
 from launcher.config.words import in_words
-from launcher.errors import ConfigurationError
+from launcher.errors import ConfigurationError, RequestError
 
 __all__ = ["compose", "experiments"]
 
 _SHIPPED = "pkg://launcher.conf"
+_SWEEP_LAUNCHER = "hydra_plugins.tminus.SweepLauncher"
+"""The ``_target_`` in conf/hydra/launcher/tminus.yaml."""
 
 
 def compose(
@@ -59,7 +62,7 @@ def compose(
         try:
             decorated()
         except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
-            raise error if isinstance(error, ConfigurationError) else _explained(error) from error
+            raise error if isinstance(error, RequestError) else _explained(error) from error
     if task.failure is not None:
         raise task.failure
 
@@ -96,8 +99,6 @@ class _Task:
 class SweepLauncher(BasicLauncher):
     """One run after the other, once all of them are known to be right."""
 
-    __module__ = "hydra_plugins.tminus"  # the only namespace that Hydra instantiates launchers from
-
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         assert isinstance(self.task_function, _Task)
         assert self.hydra_context is not None
@@ -106,9 +107,9 @@ class SweepLauncher(BasicLauncher):
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
             try:
                 self.task_function.prepared(composed)
-            except ConfigurationError as error:
+            except RequestError as error:
                 chosen = " ".join(item for item in overrides if not item.startswith("hydra."))
-                raise ConfigurationError(f"In the sweep's run {chosen}:\n{error}") from error
+                raise type(error)(f"In the sweep's run {chosen}:\n{error}") from error
         results: Sequence[JobReturn] = super().launch(job_overrides, initial_job_idx)
         return results
 
@@ -135,10 +136,10 @@ def _first_comment(text: str) -> str:
 
 
 def _to_run_config(composed: DictConfig) -> RunConfig:
-    with_hydra = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    assert isinstance(with_hydra, dict)
-    with_hydra.pop("hydra", None)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), with_hydra))
+    # Hydra's own node has mandatory values that it fills in only when a run starts.
+    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    values = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))
     assert isinstance(config, RunConfig)
     return config
 
@@ -155,16 +156,24 @@ def _project_folders(argv: Sequence[str]) -> list[Path]:
     return [folder for folder in [*folders, own] if folder.is_dir()]
 
 
+class _ProjectSearchPath(SearchPathPlugin):
+    """Puts a project's folders before the configurations that T-minus ships."""
+
+    folders: ClassVar[Sequence[Path]] = ()
+    """Of the command line that is being composed: Hydra makes the object itself, and keeps the class for good."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in self.folders:  # each goes right before what T-minus ships, after the one before it
+            search_path.prepend("project", f"file://{folder}", anchor=SearchPathQuery(provider="main"))
+
+
 def _register_plugins(folders: Sequence[Path]) -> None:
-    class ProjectSearchPath(SearchPathPlugin):
-        """Puts a project's folders before the configurations that T-minus ships."""
-
-        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-            for folder in reversed(folders):
-                search_path.prepend("project", f"file://{folder}", anchor=SearchPathQuery(provider="main"))
-
-    Plugins.instance().register(ProjectSearchPath)
-    Plugins.instance().register(SweepLauncher)
+    _ProjectSearchPath.folders = folders
+    plugins = Plugins.instance()
+    plugins.register(_ProjectSearchPath)
+    plugins.register(SweepLauncher)
+    # Hydra instantiates launchers of this namespace alone, but imports the class by its real name.
+    plugins.class_name_to_class[_SWEEP_LAUNCHER] = SweepLauncher
 
 
 @contextmanager
@@ -195,9 +204,11 @@ def _explained(error: Exception) -> ConfigurationError:
             f"{error.override!r} is not an override ({reason.strip()}): write key=value, +experiment=NAME, or a flag."
         )
     chain: list[BaseException] = [error]
-    while (following := chain[-1].__cause__) is not None:
+    # Hydra raises some of its exceptions while it handles OmegaConf's, without naming that as the cause.
+    while (following := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(following)
     for link in chain:
         if isinstance(link, OmegaConfBaseException) and not isinstance(link, HydraException):
-            return ConfigurationError(in_words(link))
+            file = re.match(r"In '[^']+': ", str(error))
+            return ConfigurationError(f"{file[0] if file else ''}{in_words(link)}")
     return ConfigurationError("\n".join(text for text in dict.fromkeys(map(in_words, chain)) if text))

@@ -10,5 +10,6 @@ __all__ = ["nearest"]
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """`` Did you mean 'lr'?`` for a misspelled word, else an empty text."""
-    matches = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+    spelled = {valid.lower(): valid for valid in words}
+    matches = difflib.get_close_matches(word.lower(), list(spelled), n=1, cutoff=0.6)
+    return f" Did you mean {spelled[matches[0]]!r}?" if matches else ""

@@ -188,6 +188,10 @@ def checked(output: Any, job: Job) -> LossOutput:
         raise JobError(f"{name}: LossOutput.loss must be a scalar tensor, the sum over the items, not {shape}.")
     if torch.is_grad_enabled() and not output.loss.requires_grad:
         raise JobError(f"{name}: LossOutput.loss has no gradient; compute it from the model that is passed in.")
+    items = output.items
+    if not isinstance(items, (int, float, Tensor)) or (isinstance(items, Tensor) and items.ndim != 0):
+        shape = tuple(items.shape) if isinstance(items, Tensor) else type(items).__name__
+        raise JobError(f"{name}: LossOutput.items must be a number or a scalar tensor, not {shape}.")
     return output
 
 
