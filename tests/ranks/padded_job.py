@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from launcher import Job, LossOutput
-from launcher.precision import control
+from launcher.precision import control, loss_scale
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -78,6 +78,8 @@ class Padded(Job):
         self.calls = 0
         if inject == "after":
             _spoil_after_the_wire(self)
+        if inject == "desync":
+            _part_from_the_others(self)
 
     def build_model(self):
         return Model(self.width, self.frozen, self.unused)
@@ -111,6 +113,18 @@ def _write_hash(model, path: Path) -> None:
         digest.update(value.float().contiguous().numpy().tobytes())
     with path.open("a") as file:
         file.write(json.dumps(digest.hexdigest()) + "\n")
+
+
+def _part_from_the_others(job: Padded) -> None:
+    """Halve one rank's loss scale, as a bit that has flipped might."""
+    real = loss_scale.DynamicLossScale.update
+
+    def update(self, found_inf):
+        real(self, found_inf)
+        if (RANK, job.calls) == job._when():
+            self.scale.mul_(0.5)
+
+    loss_scale.DynamicLossScale.update = update
 
 
 def _spoil_after_the_wire(job: Padded) -> None:
