@@ -52,7 +52,7 @@ def join(arguments: Sequence[str]) -> int:
     verdict = store.get(_VERDICT_KEY).decode()
     if not verdict.startswith(_RUN):
         return EXIT_FINISHED if verdict == _NOTHING else EXIT_REQUEST
-    _work(RunDirectory(Path(verdict.removeprefix(_RUN))), attempt, ranks)
+    return _work(RunDirectory(Path(verdict.removeprefix(_RUN))), attempt, ranks)
 
 
 def _store() -> Any:

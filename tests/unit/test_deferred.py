@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from launcher.jobs.digits import DigitsJob
 from launcher.jobs.language_model import LanguageModelJob
+from torch import Tensor, nn
+
 from launcher.parallel.deferred import DeferredModel, NotDeferrableError, build_deferred
 
 
