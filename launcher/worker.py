@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Never, TextIO
+from typing import Never
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from launcher.errors import EXIT_FINISHED, JobError
 from launcher.job import Job
 from launcher.observe import RunFacts, build_reporter
 from launcher.observe.ranklog import Streams, redirect_to_log
+from launcher.observe.terminal import Terminal
 from launcher.orphans import die_with_parent
 from launcher.parallel import Layout, parallelize
 from launcher.precision import (
@@ -109,7 +110,7 @@ class _Life:
     """What a worker builds, in order."""
 
     def __init__(
-        self, run: RunDirectory, attempt: int, ranks: Ranks, stop: StopRequest, terminal: TextIO | None
+        self, run: RunDirectory, attempt: int, ranks: Ranks, stop: StopRequest, terminal: Terminal | None
     ) -> None:
         self._run = run
         self._attempt = attempt

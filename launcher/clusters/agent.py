@@ -56,7 +56,9 @@ class StopForwarder:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the stop signals; the handlers there were come back afterwards."""
-        before = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        # nohup and the like ask for a signal to be ignored, and are obeyed.
+        heard = [number for number in _STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             yield
         finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from launcher.clusters.attempts import create_run, end_run, reported_steps
 from launcher.config.rules import world_size
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_RESUMABLE
+from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State
 from launcher.rundir.failures import Failure, first_failure
 
@@ -34,7 +34,7 @@ def launch(config: RunConfig, command: Sequence[str]) -> tuple[int, RunDirectory
         The exit code (0 finished, 1 failed, 2 wrong request found by a worker, 75 stopped), and the run's directory.
     """
     run = create_run(config, command)
-    print(f"run: {_shown(run.path)}  ({world_size(config)} worker(s) on {config.device.value})", flush=True)
+    say(f"run: {_shown(run.path)}  ({world_size(config)} worker(s) on {config.device.value})")
     forwarder = StopForwarder()
     attempt, furthest, restarts = 0, -1, 0
     with forwarder.listening():
@@ -47,7 +47,7 @@ def launch(config: RunConfig, command: Sequence[str]) -> tuple[int, RunDirectory
             if restarts >= config.cluster.max_restarts:
                 return code, run
             attempt += 1
-            print(f"restarting: attempt {attempt} (rank {failure.rank} failed: {failure.message})", flush=True)
+            say(f"restarting: attempt {attempt} (rank {failure.rank} failed: {failure.message})")
 
 
 def _attempt(
@@ -63,11 +63,11 @@ def _attempt(
         if forwarder.requested and (failure is None or failure.killed):
             reason = f"{forwarder.requested}; the workers were killed before they could stop together"
             end_run(run, attempt, started, State.resumable, reason)
-            print(f"stopped: {reason}", file=sys.stderr, flush=True)
+            say(f"stopped: {reason}", error=True)
             return EXIT_RESUMABLE, None
         assert failure is not None
         end_run(run, attempt, started, State.failed, f"rank {failure.rank}: {failure.message}")
-        print(failure, file=sys.stderr, flush=True)
+        say(str(failure), error=True)
         return failure.exit_code, failure
     outcome = outcomes[0]
     if outcome.finished:
@@ -75,7 +75,7 @@ def _attempt(
         return EXIT_FINISHED, None
     reason = f"stopped on request ({forwarder.requested or 'a signal to a worker'}) after step {outcome.step}"
     end_run(run, attempt, started, State.resumable, reason)
-    print(reason, flush=True)
+    say(reason)
     return EXIT_RESUMABLE, None
 
 

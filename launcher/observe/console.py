@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from launcher.observe.terminal import Terminal
 
 __all__ = ["Console"]
 
@@ -39,7 +41,7 @@ class Console:
         log_every: steps between two plain lines.
     """
 
-    def __init__(self, stream: TextIO, style: str, name: str, total_steps: int, log_every: int) -> None:
+    def __init__(self, stream: TextIO | Terminal, style: str, name: str, total_steps: int, log_every: int) -> None:
         self._stream = stream
         self._style = ("live" if stream.isatty() else "plain") if style == "auto" else style
         self._total_steps = total_steps
@@ -54,13 +56,15 @@ class Console:
                 _Numbers(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
-                console=RichConsole(file=stream, force_terminal=True),
+                console=RichConsole(file=cast("TextIO", stream), force_terminal=True),
                 refresh_per_second=8,
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
             self._task = self._progress.add_task(name, total=total_steps)
             self._progress.start()
+            if isinstance(stream, Terminal):
+                stream.show = self.say
 
     def step(self, line: dict[str, Any]) -> None:
         """A step's line of metrics.jsonl."""

@@ -11,33 +11,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from launcher.observe.terminal import Terminal
+
 __all__ = ["Streams", "redirect_to_log"]
 
 
 class _Tee(io.TextIOBase):
-    """Writes to the log and to the terminal."""
+    """Writes to the log, and shows whole lines on the terminal."""
 
-    def __init__(self, log: TextIO, terminal: TextIO) -> None:
+    def __init__(self, log: TextIO, terminal: Terminal) -> None:
         self._log = log
         self._terminal = terminal
+        self._unfinished = ""
 
     def write(self, text: str) -> int:
         self._log.write(text)
-        self._terminal.write(text)
+        *lines, self._unfinished = (self._unfinished + text).split("\n")
+        for line in lines:
+            self._terminal.show(line)
         return len(text)
 
     def flush(self) -> None:
         self._log.flush()
-        self._terminal.flush()
 
 
 @dataclass(frozen=True)
 class Streams:
     """What a worker's stdout and stderr were before they went to its log."""
 
-    terminal: TextIO | None
+    terminal: Terminal | None
     """stdout, for rank 0; the others are not to use it."""
-    errors: TextIO
+    errors: Terminal
     """stderr, for a last message."""
 
 
@@ -46,8 +50,8 @@ def redirect_to_log(path: Path, rank: int) -> Streams:
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1) if rank == 0 else None
-    errors = os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1)
+    terminal = Terminal(os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)) if rank == 0 else None
+    errors = Terminal(os.fdopen(os.dup(2), "w", encoding="utf-8", buffering=1))
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -7,11 +7,12 @@ import resource
 import time
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import torch
 
 from launcher.observe.console import Console
+from launcher.observe.terminal import Terminal
 from launcher.rundir import RunDirectory, State, Status
 
 __all__ = ["Reporter", "RunFacts", "StepTiming", "build_reporter"]
@@ -153,7 +154,7 @@ def _memory_gib(device: torch.device) -> float:
 
 
 def build_reporter(
-    run: RunDirectory, facts: RunFacts, terminal: TextIO | None, style: str, log_every: int, status: Status
+    run: RunDirectory, facts: RunFacts, terminal: Terminal | None, style: str, log_every: int, status: Status
 ) -> Reporter:
     """The report of the rank that has the terminal; None has none and is silent."""
     if terminal is None:
