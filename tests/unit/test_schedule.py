@@ -27,9 +27,7 @@ def closed_form(decay: Decay, warmup: int, total: int, final: float, applied: in
     return final + (1.0 - final) * (1.0 + math.cos(math.pi * progress)) / 2
 
 
-@given(
-    st.sampled_from(list(Decay)), st.integers(0, 12), st.integers(1, 20), st.floats(0, 1), st.lists(st.booleans())
-)
+@given(st.sampled_from(list(Decay)), st.integers(0, 12), st.integers(1, 20), st.floats(0, 1), st.lists(st.booleans()))
 def test_the_factor_is_the_closed_form_of_the_applied_steps(
     decay: Decay, warmup: int, total: int, final: float, skips: list[bool]
 ) -> None:
