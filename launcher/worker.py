@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import sys
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import Never, TextIO
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from launcher.config.instantiate import build_job, build_optimizer, optimizer_fa
 from launcher.config.rules import accumulation_steps, shard_ranks
 from launcher.config.schema import Device, Dtype, RunConfig, Strategy
 from launcher.environment import Ranks, thread_limit
-from launcher.errors import JobError
+from launcher.errors import EXIT_FINISHED, JobError
 from launcher.job import Job
 from launcher.observe import RunFacts, build_reporter
 from launcher.observe.ranklog import Streams, redirect_to_log
@@ -42,7 +43,7 @@ from launcher.training.schedule import Schedule
 from launcher.training.step import Learner
 from launcher.training.stop import StopRequest
 
-__all__ = ["live", "main"]
+__all__ = ["leave_now", "live", "main"]
 
 _DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float16: torch.float16}
 _GROUP_TIMEOUT = timedelta(minutes=30)
@@ -77,8 +78,11 @@ def live(run: RunDirectory, attempt: int, on_failure: Callable[[Failure, Streams
     log = run.rank_log(attempt, ranks.rank)
     streams = redirect_to_log(log, ranks.rank)
     life = _Life(run, attempt, ranks, stop, streams.terminal)
+    _alive.append(life)
     try:
-        return life.live()
+        outcome = life.live()
+        atexit.register(leave_now, EXIT_FINISHED)
+        return outcome
     except BaseException as error:
         failure = Failure.of(error, ranks.rank, ranks.host, log, life.steps_attempted)
         failure.write(run.rank_failure(attempt, ranks.rank))
@@ -87,6 +91,18 @@ def live(run: RunDirectory, attempt: int, on_failure: Callable[[Failure, Streams
         if on_failure is not None:
             on_failure(failure, streams)
         os._exit(failure.exit_code)
+
+
+_alive: list[_Life] = []
+"""Keeps what a worker has built until the process ends. Freeing a process group's last user can deadlock: its
+destructor joins gloo's threads while it holds the interpreter's lock, which they may need."""
+
+
+def leave_now(code: int) -> Never:
+    """End this process without freeing anything, for the same reason."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class _Life:

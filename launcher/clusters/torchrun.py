@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 from launcher.clusters.attempts import create_run, end_run
 from launcher.environment import Ranks
@@ -88,10 +88,10 @@ def _compose(arguments: Sequence[str], ranks: Ranks) -> str:
     return verdicts[0] if verdicts else _NOTHING
 
 
-def _work(run: RunDirectory, attempt: int, ranks: Ranks) -> int:
+def _work(run: RunDirectory, attempt: int, ranks: Ranks) -> Never:
     from launcher.observe.ranklog import Streams
     from launcher.rundir.failures import Failure, first_failure
-    from launcher.worker import live
+    from launcher.worker import leave_now, live
 
     started = time.time()
 
@@ -106,4 +106,4 @@ def _work(run: RunDirectory, attempt: int, ranks: Ranks) -> int:
     reason = None if outcome.finished else f"stopped on request after step {outcome.step}"
     if ranks.rank == 0:
         end_run(run, attempt, started, State.finished if outcome.finished else State.resumable, reason)
-    return EXIT_FINISHED if outcome.finished else EXIT_RESUMABLE
+    leave_now(EXIT_FINISHED if outcome.finished else EXIT_RESUMABLE)

@@ -91,9 +91,17 @@ class ParallelModel:
         return [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
 
     def check_gradients(self) -> None:
-        """After the first backward pass: raises JobError if DDP has waited for a gradient that never came."""
+        """After the first backward pass: raises JobError on gradients that are sparse, or that DDP has waited for."""
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                raise JobError(
+                    f"{name}: its gradient is sparse ({parameter.grad.layout}), which cannot be measured and clipped in "
+                    "one pass with the others: use sparse=False."
+                )
+        if not isinstance(self.training, DistributedDataParallel) or self.training.find_unused_parameters:
+            return
         missing = self.missing_gradients()
-        if isinstance(self.training, DistributedDataParallel) and missing:
+        if missing:
             shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
             raise JobError(
                 f"{len(missing)} trainable parameter(s) got no gradient: {shown}. Freeze them "

@@ -3,6 +3,7 @@
 from launcher.precision.attribution import Attribution, attribute
 from launcher.precision.control import Agreement, ControlCollective, Sums
 from launcher.precision.folded import FoldedOptimizer, Gradients
+from launcher.precision.grad_scaler import DistributedGradScaler
 from launcher.precision.loss_scale import DynamicLossScale, LossScale, NoLossScale, build_loss_scale
 from launcher.precision.stepped import SteppedParameters, is_elementwise
 
@@ -10,6 +11,7 @@ __all__ = [
     "Agreement",
     "Attribution",
     "ControlCollective",
+    "DistributedGradScaler",
     "DynamicLossScale",
     "FoldedOptimizer",
     "Gradients",

@@ -7,6 +7,8 @@ divides by it; without a ceiling ``growth_interval=1`` takes it to 1.7e38.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from launcher.config.schema import LossScaleConfig
 
-__all__ = ["DynamicLossScale", "LossScale", "NoLossScale", "build_loss_scale"]
+__all__ = ["DynamicLossScale", "LossScale", "NoLossScale", "ScaleRule", "build_loss_scale"]
 
 
 class LossScale(Protocol):
@@ -33,11 +35,54 @@ class LossScale(Protocol):
         """The inverse of ``state_dict``."""
 
 
+@dataclass(frozen=True)
+class ScaleRule:
+    """How a scale answers to one step's outcome. The defaults are torch's own rule, to the last bit."""
+
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    """Consecutive steps without overflow before the scale grows."""
+    hysteresis: int = 1
+    """Overflows to tolerate before the scale backs off, the last one included; refilled when the scale grows."""
+    minimum: float = 0.0
+    maximum: float = math.inf
+
+    def advance(self, scale: Tensor, growth_tracker: Tensor, tolerance: Tensor, found_inf: Tensor) -> None:
+        """One step, in place, by selection instead of branching.
+
+        Args:
+            scale: FP32 scalar.
+            growth_tracker: int32 scalar, consecutive steps without overflow since the scale last changed.
+            tolerance: int32 scalar, overflows left before the scale backs off.
+            found_inf: FP32 scalar, more than 0 if the step overflowed.
+        """
+        overflow = found_inf > 0
+        tolerance.sub_(overflow.to(torch.int32)).clamp_(min=0)
+        backs_off = overflow & (tolerance <= 0)
+        growth_tracker.add_(1).mul_((~overflow).to(torch.int32))
+        grows = growth_tracker == self.growth_interval
+        # torch multiplies in FP64 and rounds once, and does not grow past FP32.
+        lower = (scale.double() * self.backoff_factor).float().clamp_(min=self.minimum)
+        higher = (scale.double() * self.growth_factor).float()
+        higher = torch.where(higher.isfinite(), higher, scale).clamp_(max=self.maximum)
+        scale.copy_(torch.where(backs_off, lower, torch.where(grows, higher, scale)))
+        tolerance.copy_(torch.where(grows, self.hysteresis, tolerance))
+        growth_tracker.mul_((~grows).to(torch.int32))
+
+
 class DynamicLossScale:
     """Backs off when a gradient overflows, grows after a while without overflow."""
 
     def __init__(self, config: LossScaleConfig, device: torch.device) -> None:
-        self._config = config
+        self._rule = ScaleRule(
+            growth_factor=config.growth_factor,
+            backoff_factor=config.backoff_factor,
+            growth_interval=config.growth_interval,
+            hysteresis=config.hysteresis,
+            minimum=config.minimum,
+            maximum=config.maximum,
+        )
         self.scale = torch.full((), config.initial, dtype=torch.float32, device=device)
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
         """Consecutive steps without overflow since the scale last changed."""
@@ -45,18 +90,8 @@ class DynamicLossScale:
         """Overflows left before the scale backs off."""
 
     def update(self, found_inf: Tensor) -> None:
-        """One step of the rule, by selection instead of branching."""
-        config = self._config
-        overflow = found_inf > 0
-        self.tolerance.sub_(overflow.to(torch.int32)).clamp_(min=0)
-        backs_off = overflow & (self.tolerance <= 0)
-        self.growth_tracker.add_(1).mul_((~overflow).to(torch.int32))
-        grows = self.growth_tracker >= config.growth_interval
-        lower = (self.scale * config.backoff_factor).clamp_(min=config.minimum)
-        higher = (self.scale * config.growth_factor).clamp_(max=config.maximum)
-        self.scale.copy_(torch.where(backs_off, lower, torch.where(grows, higher, self.scale)))
-        self.tolerance.copy_(torch.where(grows, config.hysteresis, self.tolerance))
-        self.growth_tracker.mul_((~grows).to(torch.int32))
+        """One step of the rule."""
+        self._rule.advance(self.scale, self.growth_tracker, self.tolerance, found_inf)
 
     def state_dict(self) -> dict[str, Any]:
         """Every counter, as numbers."""
@@ -72,7 +107,8 @@ class DynamicLossScale:
         if set(state) != expected:
             raise ValueError(f"a loss scale's state has the keys {sorted(expected)}, not {sorted(state)}")
         self.scale.fill_(state["scale"])
-        self.growth_tracker.fill_(state["growth_tracker"])
+        # A shorter interval than the saved run's, already waited for, makes the next clean step grow.
+        self.growth_tracker.fill_(min(state["growth_tracker"], self._rule.growth_interval - 1))
         self.tolerance.fill_(state["tolerance"])
 
 

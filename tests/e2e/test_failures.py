@@ -1,0 +1,87 @@
+"""Runs that fail: what is said last, that it ends soon, and that nothing is left."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.session import Command
+
+Start = Callable[..., Command]
+
+
+def attempts(command: Command) -> list[dict]:
+    lines = (command.run_directory() / "attempts.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_the_failing_rank_has_the_last_word(start: Start, project: Path) -> None:
+    command = start(["+experiment=own", "job.fail=raise"], project)
+    assert command.wait() == 1
+    *_, error, last = [line for line in command.errors.splitlines() if line]
+    assert error == "ValueError: boom on purpose"
+    log = command.run_directory() / "logs" / "attempt-0" / "rank-1.log"
+    assert last == f"rank 1 on {socket.gethostname()} failed; its log: {log}"
+    assert "boom on purpose" in log.read_text()
+    assert command.errors.count("Traceback") == 1
+    status = json.loads((command.run_directory() / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert status["reason"] == "rank 1: ValueError: boom on purpose"
+    assert [line["ended"] for line in attempts(command)] == ["failed"]
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        ("kill", "The worker was killed by SIGKILL."),
+        ("exit", "The worker ended with exit code 3 and no Python exception."),
+        ("segfault", "The worker was killed by SIGSEGV."),
+    ],
+)
+def test_a_worker_that_dies_without_a_word_is_named(start: Start, project: Path, fail: str, message: str) -> None:
+    command = start(["+experiment=own", f"job.fail={fail}"], project)
+    assert command.wait() == 1
+    assert message in command.errors
+    assert "rank 1 on" in command.errors.splitlines()[-1]
+
+
+def test_ranks_that_are_busy_elsewhere_are_ended_too(start: Start, project: Path) -> None:
+    """Rank 0 sleeps where it would notice nothing for minutes."""
+    command = start(["+experiment=own", "job.fail=raise", "job.fail_call=1", "job.fail_rank=1"], project)
+    source = (project / "own_job.py").read_text()
+    (project / "own_job.py").write_text(source.replace("time.sleep(self.sleep)", "time.sleep(600 if RANK == 0 else 0)"))
+    started = time.monotonic()
+    assert command.wait() == 1
+    assert time.monotonic() - started < 30
+    assert "boom on purpose" in command.errors
+
+
+def test_a_failure_before_the_first_step_is_not_retried(start: Start, project: Path) -> None:
+    command = start(["+experiment=own", "job.fail=build", "cluster.max_restarts=3"], project)
+    assert command.wait() == 1
+    assert len(attempts(command)) == 1
+
+
+def test_a_failure_in_training_is_retried_in_the_same_run(start: Start, project: Path) -> None:
+    command = start(["+experiment=own", "job.fail=raise once", "cluster.max_restarts=1"], project)
+    assert command.wait() == 0, command.errors
+    assert [line["ended"] for line in attempts(command)] == ["failed", "finished"]
+    assert (command.run_directory() / "logs" / "attempt-1" / "rank-0.log").exists()
+
+
+def test_a_failure_that_comes_back_is_not_retried_forever(start: Start, project: Path) -> None:
+    command = start(["+experiment=own", "job.fail=raise", "cluster.max_restarts=1"], project)
+    assert command.wait() == 1
+    assert len(attempts(command)) == 2
+
+
+def test_a_job_that_the_engine_cannot_use_is_a_wrong_request(start: Start, project: Path) -> None:
+    command = start(["+experiment=own", "job.fail=dataset"], project)
+    assert command.wait() == 2
+    assert "Own.build_dataset('train') returned None" in command.errors
+    assert "Traceback" not in command.errors
