@@ -20,6 +20,8 @@ def good_config(**changes: Any) -> RunConfig:
     config.train.global_batch_size = 64
     config.train.micro_batch_size = 8
     config.cluster.processes_per_node = 2
+    if not changes:
+        return config
     tree: Any = OmegaConf.structured(config)
     for key, value in changes.items():
         OmegaConf.update(tree, key.replace("__", "."), value)

@@ -117,18 +117,21 @@ def test_a_global_batch_below_one_multiple_suggests_only_the_larger() -> None:
     assert "Use 16," in problems(train__global_batch_size=10)
 
 
-@given(st.integers(1, 10_000), st.integers(1, 64), st.integers(1, 16))  # the suggestion is tried, not only looked at
+@given(st.integers(1, 10_000), st.integers(1, 64), st.integers(1, 16))
 def test_a_suggested_global_batch_is_accepted(size: int, micro_batch_size: int, workers: int) -> None:
-    facts = {"train__micro_batch_size": micro_batch_size, "cluster__processes_per_node": workers}
+    config = good_config()
+    config.train.global_batch_size = size
+    config.train.micro_batch_size = micro_batch_size
+    config.cluster.processes_per_node = workers
     try:
-        check(good_config(train__global_batch_size=size, **facts), 0)
+        check(config, 0)
     except ConfigurationError as error:
         found = re.search(r"Use ([\d or]+),", str(error))
         assert found is not None
         for suggestion in found[1].split(" or "):
-            check(good_config(train__global_batch_size=int(suggestion), **facts), 0)
+            config.train.global_batch_size = int(suggestion)
+            check(config, 0)
     else:
-        config = good_config(train__global_batch_size=size, **facts)
         assert accumulation_steps(config, workers) * micro_batch_size * workers == size == global_batch_size(config, 99)
 
 

@@ -61,7 +61,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_items(sizes: tuple[int, ...],
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.lists(st.integers(1, 4), min_size=1, max_size=5))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_any_split_into_micro_batches_gives_the_same_parameters(first: list[int], second: list[int]) -> None:
     sizes = [*first, max(0, sum(second) - sum(first))], [*second, max(0, sum(first) - sum(second))]
     results = []
