@@ -1,10 +1,9 @@
-"""One rank's life: environment, process group, build, train, leave."""
+"""One rank's life: environment, process group, build (see ``building``), train, leave."""
 
 from __future__ import annotations
 
 import atexit
 import os
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -14,39 +13,24 @@ from typing import Never
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
+from launcher.building import build_trainer
 from launcher.config.files import load_config
-from launcher.config.instantiate import build_job, build_optimizer, optimizer_factory
-from launcher.config.rules import accumulation_steps, shard_ranks
-from launcher.config.schema import Device, Dtype, RunConfig, Strategy
+from launcher.config.schema import Device, RunConfig
 from launcher.environment import Ranks, thread_limit
-from launcher.errors import EXIT_FINISHED, JobError
-from launcher.job import Job
-from launcher.observe import RunFacts, build_reporter
+from launcher.errors import EXIT_FINISHED
+from launcher.observe import Reporter, RunFacts, build_reporter
 from launcher.observe.ranklog import Streams, redirect_to_log
 from launcher.observe.terminal import Terminal
 from launcher.orphans import die_with_parent
-from launcher.parallel import Layout, parallelize
-from launcher.precision import (
-    ControlCollective,
-    FoldedOptimizer,
-    SteppedParameters,
-    build_loss_scale,
-    is_elementwise,
-)
 from launcher.rundir import RunDirectory, State, Status, write_json
 from launcher.rundir.failures import Failure
-from launcher.training.batches import BatchShape, TrainingData, checked_dataset, derived_seed
 from launcher.training.digest import parameters_digest
-from launcher.training.loop import Outcome, Trainer, total_steps
-from launcher.training.schedule import Schedule
-from launcher.training.step import Learner
+from launcher.training.loop import Outcome, Trainer
 from launcher.training.stop import StopRequest
 
 __all__ = ["leave_now", "live", "main"]
 
-_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float16: torch.float16}
 _GROUP_TIMEOUT = timedelta(minutes=30)
 
 
@@ -129,7 +113,7 @@ class _Life:
         started = time.time()
         config = load_config(self._run.config)
         device = _enter_group(config, self._ranks)
-        self._trainer = self._build(config, device)
+        self._trainer = build_trainer(config, device, self._ranks, self._stop, self._report_to)
         outcome = self._trainer.train()
         digest = parameters_digest(self._trainer.learner.model.module)
         if self._ranks.rank == 0:
@@ -140,45 +124,14 @@ class _Life:
         dist.destroy_process_group()
         return outcome
 
+    def _report_to(self, facts: RunFacts) -> Reporter:
+        status = Status(State.running, attempt=self._attempt, hosts=tuple(dict.fromkeys(facts.hosts)))
+        return build_reporter(self._run, facts, self._terminal, status)
+
     def close(self) -> None:
         """Let go of the console, so that what follows stands below the live line."""
         if self._trainer is not None:
             self._trainer.reporter.close()
-
-    def _build(self, config: RunConfig, device: torch.device) -> Trainer:
-        ranks, train = self._ranks, config.train
-        assert train.micro_batch_size is not None
-        job = build_job(config.job)
-        dataset = checked_dataset(job, "train")
-        assert dataset is not None
-        shape = BatchShape(train.micro_batch_size, accumulation_steps(config, ranks.world_size), ranks.world_size)
-        data = TrainingData(job, dataset, shape, ranks.rank, config.seed)
-        steps = total_steps(train, shape.global_batch_size, data.num_samples)
-        learner = _build_learner(config, job, device, ranks, shape, steps)
-        _seed_everything(derived_seed(config.seed, "rank", ranks.rank))
-        facts = RunFacts(
-            name=config.name,
-            attempt=self._attempt,
-            total_steps=steps,
-            global_batch_size=shape.global_batch_size,
-            num_samples=data.num_samples,
-            learning_rate=float(config.optimizer["lr"]),
-            device=device,
-        )
-        status = Status(State.running, attempt=self._attempt, hosts=(ranks.host,))
-        return Trainer(
-            learner=learner,
-            data=data,
-            validation=checked_dataset(job, "validation"),
-            config=train,
-            loss_scale=config.precision.loss_scale,
-            total_steps=steps,
-            reporter=build_reporter(
-                self._run, facts, self._terminal, config.tracking.console.value, train.log_every, status
-            ),
-            stop=self._stop,
-            hosts=_all_hosts(ranks),
-        )
 
     def _conclude(self, outcome: Outcome, digest: str, seconds: float) -> None:
         assert self._trainer is not None
@@ -212,69 +165,3 @@ def _enter_group(config: RunConfig, ranks: Ranks) -> torch.device:
         device = torch.device("cpu")
         dist.init_process_group("gloo", timeout=_GROUP_TIMEOUT)
     return device
-
-
-def _build_learner(
-    config: RunConfig, job: Job, device: torch.device, ranks: Ranks, shape: BatchShape, steps: int
-) -> Learner:
-    _seed_everything(derived_seed(config.seed, "model"))
-    dtype = _DTYPES[config.precision.dtype]
-    layout = Layout(
-        device=device,
-        dtype=dtype,
-        world_size=ranks.world_size,
-        shard_size=_shard_size(config, ranks),
-        compile=config.train.compile,
-        probe=config.precision.loss_scale.enabled and config.precision.loss_scale.attribute,
-    )
-    model = parallelize(job, config.parallel, layout)
-    groups = list(job.parameter_groups(model.module))
-    if not groups:
-        raise JobError(f"{type(job).__name__}: there is no parameter to train; every one is frozen, or there is none.")
-    stepped = SteppedParameters()
-    if is_elementwise(optimizer_factory(config.optimizer)):
-        groups = stepped.local(groups)
-    optimizer = FoldedOptimizer(build_optimizer(config.optimizer, groups), stepped)
-    return Learner(
-        job=job,
-        model=model,
-        optimizer=optimizer,
-        parameter_names=_parameter_names(model.module, optimizer),
-        loss_scale=build_loss_scale(config.precision.loss_scale, device),
-        schedule=Schedule(config.schedule, steps, device),
-        control=ControlCollective(device, ranks.world_size, ranks.rank),
-        device=device,
-        dtype=dtype,
-        max_grad_norm=config.train.max_grad_norm,
-        world_size=ranks.world_size,
-        accumulation_steps=shape.accumulation_steps,
-    )
-
-
-def _all_hosts(ranks: Ranks) -> tuple[str, ...]:
-    """Each rank's host; collective."""
-    hosts: list[str] = [""] * ranks.world_size
-    dist.all_gather_object(hosts, ranks.host)
-    return tuple(hosts)
-
-
-def _parameter_names(model: nn.Module, optimizer: FoldedOptimizer) -> list[str]:
-    """Of what is trained, by module path, in the optimizer's order."""
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return [names.get(parameter, "?") for parameter in optimizer.parameters]
-
-
-def _shard_size(config: RunConfig, ranks: Ranks) -> int:
-    """The ranks that share one copy of the master weights."""
-    if config.parallel.strategy is Strategy.ddp:
-        return 1
-    return shard_ranks(config) if config.parallel.strategy is Strategy.hsdp else ranks.world_size
-
-
-def _seed_everything(seed: int) -> None:
-    """Python's, NumPy's and torch's generators, CUDA's included."""
-    import numpy
-
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from launcher.config.schema import RunConfig
 from launcher.observe.console import Console
 from launcher.observe.terminal import Terminal
 from launcher.rundir import RunDirectory, State, Status
@@ -52,15 +53,14 @@ class StepTiming:
 class RunFacts:
     """What stays the same over an attempt."""
 
-    name: str
-    attempt: int
+    config: RunConfig
     total_steps: int
     global_batch_size: int
     num_samples: int
     """In the training dataset."""
-    learning_rate: float
-    """As configured, before the schedule."""
     device: torch.device
+    hosts: tuple[str, ...]
+    """Each rank's."""
 
 
 class Reporter:
@@ -106,7 +106,7 @@ class RunReporter(Reporter):
             "grad_norm": numbers.grad_norm,
             "loss_scale": numbers.loss_scale,
             "overflow": numbers.overflow,
-            "lr": facts.learning_rate * numbers.rate_factor,
+            "lr": float(facts.config.optimizer["lr"]) * numbers.rate_factor,
             "step_seconds": timing.step_seconds,
             "data_seconds": timing.data_seconds,
             "samples_per_second": facts.global_batch_size / timing.step_seconds,
@@ -138,7 +138,7 @@ class RunReporter(Reporter):
         self._file.close()
 
     def _write(self, kind: str, values: dict[str, Any]) -> None:
-        line = {"kind": kind, "attempt": self._facts.attempt, **values, "time": time.time()}
+        line = {"kind": kind, "attempt": self._status.attempt, **values, "time": time.time()}
         # JSON knows no NaN and no infinity: they become null.
         strict = {
             key: None if isinstance(value, float) and not isfinite(value) else value for key, value in line.items()
@@ -153,10 +153,10 @@ def _memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def build_reporter(
-    run: RunDirectory, facts: RunFacts, terminal: Terminal | None, style: str, log_every: int, status: Status
-) -> Reporter:
-    """The report of the rank that has the terminal; None has none and is silent."""
+def build_reporter(run: RunDirectory, facts: RunFacts, terminal: Terminal | None, status: Status) -> Reporter:
+    """The report of the rank that has the terminal; a rank without one is silent."""
     if terminal is None:
         return Reporter()
-    return RunReporter(run, facts, Console(terminal, style, facts.name, facts.total_steps, log_every), status)
+    config = facts.config
+    console = Console(terminal, config.tracking.console.value, config.name, facts.total_steps, config.train.log_every)
+    return RunReporter(run, facts, console, status)

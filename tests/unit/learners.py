@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from launcher import Job, LossOutput
+from launcher.building import build_learner
 from launcher.config.schema import RunConfig
 from launcher.environment import Ranks
 from launcher.training.batches import BatchShape
 from launcher.training.step import Learner
-from launcher.worker import _build_learner
 from tests.unit.configs import good_config
 
 __all__ = ["UnevenJob", "learner_for", "uneven_samples"]
@@ -55,4 +55,4 @@ def learner_for(job: Job | None = None, accumulation_steps: int = 1, **changes: 
         config.optimizer = dict(SGD)
     ranks = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, node_rank=0, host="here")
     shape = BatchShape(8, accumulation_steps, 1)
-    return _build_learner(config, job or UnevenJob(), torch.device("cpu"), ranks, shape, steps=100)
+    return build_learner(config, job or UnevenJob(), torch.device("cpu"), ranks, shape, steps=100)

@@ -14,8 +14,10 @@ import torch
 
 from launcher.observe import Reporter, RunFacts, StepTiming, build_reporter
 from launcher.observe.console import Console
+from launcher.observe.terminal import Terminal
 from launcher.rundir import RunDirectory, State, Status
 from launcher.training.outcome import StepNumbers
+from tests.unit.configs import good_config
 
 TRAIN_FIELDS = {
     *("kind", "attempt", "step", "applied_steps", "samples", "epoch", "loss", "grad_norm", "loss_scale", "overflow"),
@@ -33,7 +35,7 @@ OVERFLOW: dict[str, Any] = {
 RESULT = {"step": 30, "loss": 0.5, "validation": {"loss": 0.25}, "parameters_digest": "abc", "seconds": 2.0}
 
 
-class Terminal(io.StringIO):
+class Screen(io.StringIO):
     """A stream that says it is a terminal."""
 
     def isatty(self) -> bool:
@@ -56,18 +58,14 @@ def numbers(step: int, **changes: Any) -> StepNumbers:
     return StepNumbers(**{**values, **changes})
 
 
+def facts(style: str = "plain", log_every: int = 10) -> RunFacts:
+    config = good_config(name="mine", tracking__console=style, train__log_every=log_every, optimizer__lr=0.1)
+    return RunFacts(config, 30, 64, 128, torch.device("cpu"), hosts=("here",))
+
+
 def reporter(folder: Path, style: str = "plain", stream: io.StringIO | None = None, log_every: int = 10) -> Reporter:
-    facts = RunFacts(
-        name="mine",
-        attempt=2,
-        total_steps=30,
-        global_batch_size=64,
-        num_samples=128,
-        learning_rate=0.1,
-        device=torch.device("cpu"),
-    )
-    run, status = RunDirectory(folder), Status(State.running)
-    return build_reporter(run, facts, io.StringIO() if stream is None else stream, style, log_every, status)
+    terminal = Terminal(io.StringIO() if stream is None else stream)
+    return build_reporter(RunDirectory(folder), facts(style, log_every), terminal, Status(State.running, attempt=2))
 
 
 def written(folder: Path) -> list[dict[str, Any]]:
@@ -138,8 +136,7 @@ def test_the_status_follows_the_steps(tmp_path: Path) -> None:
 
 
 def test_a_rank_without_the_terminal_is_silent(tmp_path: Path) -> None:
-    facts = RunFacts("mine", 0, 30, 64, 128, 0.1, torch.device("cpu"))
-    silent = build_reporter(RunDirectory(tmp_path), facts, None, "plain", 1, Status(State.running))
+    silent = build_reporter(RunDirectory(tmp_path), facts(), None, Status(State.running))
     silent.step(numbers(1), StepTiming(1.0, 0.0))
     silent.validation(1, {})
     silent.event("stop", step=1)
@@ -190,7 +187,7 @@ def test_an_overflow_says_where_it_began(changes: dict[str, Any], words: str) ->
     assert words in stream.getvalue()
 
 
-@pytest.mark.parametrize(("style", "stream"), [("live", io.StringIO), ("auto", Terminal)])
+@pytest.mark.parametrize(("style", "stream"), [("live", io.StringIO), ("auto", Screen)])
 def test_a_live_line_shows_progress_and_keeps_what_is_said_above_it(tmp_path: Path, style: str, stream: Any) -> None:
     text = told(tmp_path, style, stream())
     assert "30/30" in text
@@ -210,3 +207,13 @@ def test_closing_twice_is_harmless(tmp_path: Path) -> None:
         report = reporter(tmp_path, style)
         report.close()
         report.close()
+
+
+def test_a_terminal_that_has_gone_is_no_error() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    terminal = Terminal(Gone())
+    assert terminal.write("text") == 4
+    terminal.show("a line")

@@ -1,0 +1,152 @@
+"""From a configuration to a Trainer: job, data, model, optimizer, in that order, on every rank."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from launcher.config.instantiate import build_job, build_optimizer, optimizer_factory
+from launcher.config.rules import accumulation_steps, shard_ranks
+from launcher.config.schema import Dtype, RunConfig, Strategy
+from launcher.environment import Ranks
+from launcher.errors import JobError
+from launcher.job import Job
+from launcher.observe import Reporter, RunFacts
+from launcher.parallel import Layout, parallelize
+from launcher.precision import (
+    ControlCollective,
+    FoldedOptimizer,
+    SteppedParameters,
+    build_loss_scale,
+    is_elementwise,
+)
+from launcher.training.batches import BatchShape, TrainingData, checked_dataset, derived_seed
+from launcher.training.loop import Trainer, total_steps
+from launcher.training.schedule import Schedule
+from launcher.training.step import Learner
+from launcher.training.stop import StopRequest
+
+__all__ = ["build_learner", "build_trainer"]
+
+_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float16: torch.float16}
+
+
+def build_trainer(
+    config: RunConfig,
+    device: torch.device,
+    ranks: Ranks,
+    stop: StopRequest,
+    report_to: Callable[[RunFacts], Reporter],
+) -> Trainer:
+    """Build everything; collective.
+
+    Args:
+        config: of the run.
+        device: this rank's.
+        ranks: where this process stands.
+        stop: the request to stop that the loop looks at.
+        report_to: makes this rank's reporter.
+
+    Raises:
+        JobError: the job's model or data cannot be used.
+    """
+    train = config.train
+    assert train.micro_batch_size is not None
+    job = build_job(config.job)
+    dataset = checked_dataset(job, "train")
+    assert dataset is not None
+    shape = BatchShape(train.micro_batch_size, accumulation_steps(config, ranks.world_size), ranks.world_size)
+    data = TrainingData(job, dataset, shape, ranks.rank, config.seed)
+    steps = total_steps(train, shape.global_batch_size, data.num_samples)
+    learner = build_learner(config, job, device, ranks, shape, steps)
+    _seed_everything(derived_seed(config.seed, "rank", ranks.rank))
+    facts = RunFacts(
+        config=config,
+        total_steps=steps,
+        global_batch_size=shape.global_batch_size,
+        num_samples=data.num_samples,
+        device=device,
+        hosts=_all_hosts(ranks),
+    )
+    return Trainer(
+        learner=learner,
+        data=data,
+        validation=checked_dataset(job, "validation"),
+        config=train,
+        loss_scale=config.precision.loss_scale,
+        total_steps=steps,
+        reporter=report_to(facts),
+        stop=stop,
+        hosts=facts.hosts,
+    )
+
+
+def build_learner(
+    config: RunConfig, job: Job, device: torch.device, ranks: Ranks, shape: BatchShape, steps: int
+) -> Learner:
+    """The model, laid out over the ranks, with all that a step needs; the same weights for the same seed."""
+    _seed_everything(derived_seed(config.seed, "model"))
+    dtype = _DTYPES[config.precision.dtype]
+    layout = Layout(
+        device=device,
+        dtype=dtype,
+        world_size=ranks.world_size,
+        shard_size=_shard_size(config, ranks),
+        compile=config.train.compile,
+        probe=config.precision.loss_scale.enabled and config.precision.loss_scale.attribute,
+    )
+    model = parallelize(job, config.parallel, layout)
+    groups = list(job.parameter_groups(model.module))
+    if not groups:
+        raise JobError(f"{type(job).__name__}: there is no parameter to train; every one is frozen, or there is none.")
+    stepped = SteppedParameters()
+    if is_elementwise(optimizer_factory(config.optimizer)):
+        groups = stepped.local(groups)
+    optimizer = FoldedOptimizer(build_optimizer(config.optimizer, groups), stepped)
+    return Learner(
+        job=job,
+        model=model,
+        optimizer=optimizer,
+        parameter_names=_parameter_names(model.module, optimizer),
+        loss_scale=build_loss_scale(config.precision.loss_scale, device),
+        schedule=Schedule(config.schedule, steps, device),
+        control=ControlCollective(device, ranks.world_size, ranks.rank),
+        device=device,
+        dtype=dtype,
+        max_grad_norm=config.train.max_grad_norm,
+        world_size=ranks.world_size,
+        accumulation_steps=shape.accumulation_steps,
+    )
+
+
+def _all_hosts(ranks: Ranks) -> tuple[str, ...]:
+    """Each rank's host; collective."""
+    hosts: list[str] = [""] * ranks.world_size
+    dist.all_gather_object(hosts, ranks.host)
+    return tuple(hosts)
+
+
+def _parameter_names(model: nn.Module, optimizer: FoldedOptimizer) -> list[str]:
+    """Of what is trained, by module path, in the optimizer's order."""
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return [names.get(parameter, "?") for parameter in optimizer.parameters]
+
+
+def _shard_size(config: RunConfig, ranks: Ranks) -> int:
+    """The ranks that share one copy of the master weights."""
+    if config.parallel.strategy is Strategy.ddp:
+        return 1
+    return shard_ranks(config) if config.parallel.strategy is Strategy.hsdp else ranks.world_size
+
+
+def _seed_everything(seed: int) -> None:
+    """Python's, NumPy's and torch's generators, CUDA's included."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
