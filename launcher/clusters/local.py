@@ -96,6 +96,7 @@ def _silent_death(run: RunDirectory, attempt: int, rank: int, exit_code: int) ->
         traceback="\n".join([*tail, message]),
         step=max(reported_steps(run, attempt), default=None),
         killed=exit_code == -signal.SIGKILL,
+        consequence=exit_code == -signal.SIGTERM,  # the agent ends the others so; a worker that is up stops politely
     )
 
 

@@ -35,7 +35,7 @@ class Failure:
     killed: bool = False
     """Whether SIGKILL ended it."""
     consequence: bool = False
-    """Whether it looks like what a rank suffers when another one has gone: a connection that broke."""
+    """Whether it looks like what a rank suffers when another one has gone: a broken connection, or SIGTERM."""
 
     @classmethod
     def of(cls, error: BaseException, rank: int, host: str, log: Path, step: int | None) -> Failure:
@@ -59,10 +59,17 @@ class Failure:
 
     def __str__(self) -> str:
         where = f"rank {self.rank} on {self.host} failed; its log: {self.log}"
-        return f"{self.traceback or self.message}\n{where}".strip()
+        return f"{(self.traceback or self.message).strip()}\n{where}"
 
 
-_BROKEN_CONNECTION = ("connection closed by peer", "connection reset by peer", "broken pipe", "socket closed")
+_BROKEN_CONNECTION = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "connectfullmesh failed",  # gloo, while the group is formed
+    "broken pipe",
+    "socket closed",
+)
 
 
 def _is_broken_connection(error: BaseException) -> bool:
@@ -91,7 +98,6 @@ def first_failure(run: RunDirectory, attempt: int, silent: Sequence[Failure] = (
         except (OSError, json.JSONDecodeError, TypeError):
             continue  # the rank was killed while it wrote
     said = {failure.rank for failure in written}
-    unsaid = [failure for failure in silent if failure.rank not in said]
     written.sort(key=lambda failure: failure.time)
-    causes = [failure for failure in written if not failure.consequence]
-    return next(iter([*causes, *unsaid, *written]), None)
+    in_order = [*written, *(failure for failure in silent if failure.rank not in said)]
+    return min(in_order, key=lambda failure: failure.consequence, default=None)
