@@ -95,8 +95,8 @@ class ParallelModel:
         for name, parameter in self.module.named_parameters():
             if parameter.grad is not None and parameter.grad.layout is not torch.strided:
                 raise JobError(
-                    f"{name}: its gradient is sparse ({parameter.grad.layout}), which cannot be measured and clipped in "
-                    "one pass with the others: use sparse=False."
+                    f"{name}: its gradient is sparse ({parameter.grad.layout}), which cannot be measured and clipped "
+                    "in one pass with the others: use sparse=False."
                 )
         if not isinstance(self.training, DistributedDataParallel) or self.training.find_unused_parameters:
             return
