@@ -1,8 +1,13 @@
-"""A command in a process session of its own, so that a test can see what it leaves behind."""
+"""A command in a process session of its own, so that a test can see what it leaves behind.
+
+torchrun gives its workers sessions of their own; so each command's environment carries a mark too,
+which every process that it starts inherits.
+"""
 
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -14,6 +19,9 @@ __all__ = ["LAUNCH", "Command", "survivors"]
 
 LAUNCH = (sys.executable, "-m", "launcher")
 TIMEOUT_SECONDS = 90.0
+_MARK = "TMINUS_TEST_COMMAND"
+_marks: dict[int, bytes] = {}
+"""The environment's entry of each command, by its process id."""
 
 
 class Command:
@@ -21,6 +29,7 @@ class Command:
 
     def __init__(self, arguments: Sequence[str], folder: Path, command: Sequence[str] = LAUNCH) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+        mark = secrets.token_hex(8)
         self._process = subprocess.Popen(
             [*command, *arguments],
             cwd=folder,
@@ -28,8 +37,9 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env=environment,
+            env={**environment, _MARK: mark},
         )
+        _marks[self.pid] = f"{_MARK}={mark}".encode()
         self.folder = folder
         self.output = self.errors = ""
 
@@ -82,15 +92,16 @@ class Command:
 
 
 def survivors(session: int) -> list[int]:
-    """The living processes of a session."""
+    """The living processes of a command's session, and what they have started in other sessions."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
             state, _, _, its_session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-        except OSError:
+            marked = _marks.get(session) in (entry / "environ").read_bytes().split(b"\0")
+        except OSError:  # it has ended, or is another user's
             continue
-        if int(its_session) == session and state != "Z":
+        if (int(its_session) == session or marked) and state not in "ZX":
             found.append(int(entry.name))
     return found

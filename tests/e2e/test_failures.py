@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.session import Command
+from tests.e2e.session import Command, survivors
 
 Start = Callable[..., Command]
 
@@ -23,7 +25,7 @@ def attempts(command: Command) -> list[dict]:
 def test_the_failing_rank_has_the_last_word(start: Start, project: Path) -> None:
     command = start(["+experiment=own", "job.fail=raise"], project)
     assert command.wait() == 1
-    *_, error, last = [line for line in command.errors.splitlines() if line]
+    *_, error, last = command.errors.splitlines()
     assert error == "ValueError: boom on purpose"
     log = command.run_directory() / "logs" / "attempt-0" / "rank-1.log"
     assert last == f"rank 1 on {socket.gethostname()} failed; its log: {log}"
@@ -48,6 +50,30 @@ def test_a_worker_that_dies_without_a_word_is_named(start: Start, project: Path,
     assert command.wait() == 1
     assert message in command.errors
     assert "rank 1 on" in command.errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_killed_while_it_starts_is_named_and_not_its_peers(start: Start, project: Path, rank: int) -> None:
+    """What the peers suffer from it (no store, no connection) is not taken for the cause."""
+    command = start(["+experiment=own"], project)
+    command.until(lambda: rank in workers(command))
+    os.kill(workers(command)[rank], signal.SIGKILL)
+    assert command.wait() == 1
+    assert "The worker was killed by SIGKILL." in command.errors
+    assert command.errors.splitlines()[-1].startswith(f"rank {rank} on ")
+
+
+def workers(command: Command) -> dict[int, int]:
+    """Process ids by rank: the launcher's children that write to a rank's log."""
+    found = {}
+    for pid in survivors(command.pid):
+        try:
+            name = Path(os.readlink(f"/proc/{pid}/fd/1")).name
+        except OSError:
+            continue
+        if name.startswith("rank-"):
+            found[int(name.removeprefix("rank-").removesuffix(".log"))] = pid
+    return found
 
 
 def test_ranks_that_are_busy_elsewhere_are_ended_too(start: Start, project: Path) -> None:
