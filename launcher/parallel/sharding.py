@@ -74,7 +74,9 @@ def _shard(
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = _mesh(strategy, layout)
     for part in [*blocks, model]:
-        fully_shard(part, mesh=mesh, reshard_after_forward=strategy is not Strategy.zero2, mp_policy=policy)
+        # Backward begins with the outermost weights: to free them after forward is to gather them again at once.
+        reshard = strategy is not Strategy.zero2 and part is not model
+        fully_shard(part, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
         if probe is not None:
             probe.watch_sharded(cast("FSDPModule", part))
 

@@ -57,7 +57,7 @@ class Learner:
 
 
 @dataclass(frozen=True)
-class _Verdict:
+class Verdict:
     """What to do with the gradients: float32 scalars on the device."""
 
     found_inf: Tensor
@@ -95,7 +95,8 @@ def train_step(learner: Learner, micro_batches: Iterable[Any], stop: bool) -> St
         share=1.0 / learner.model.num_gradient_copies,
         origin=learner.model.probe.take() if learner.model.probe is not None else None,
     )
-    verdict = _judge(learner, agreement, loss_scale)
+    assert learner.expected_items is not None
+    verdict = judge(agreement, loss_scale, learner.expected_items, learner.max_grad_norm)
     learner.optimizer.step(verdict.divisor, verdict.found_inf)
     learner.optimizer.zero_grad()
     learner.loss_scale.update(verdict.found_inf)
@@ -153,16 +154,15 @@ def _digest(learner: Learner, loss_scale: Tensor, rate_factor: Tensor) -> Tensor
     return loss_scale.double() + rate_factor * 1e-3 + learner.schedule.applied_steps * 1e3 + float(learner.steps)
 
 
-def _judge(learner: Learner, agreement: Agreement, loss_scale: Tensor) -> _Verdict:
+def judge(agreement: Agreement, loss_scale: Tensor, expected_items: float, max_grad_norm: float | None) -> Verdict:
     """Turn what all ranks agreed on into one flag and one divisor; every rank computes the same."""
-    assert learner.expected_items is not None
     finite = agreement.squared_norm.isfinite() & (agreement.non_finite == 0)
     items = torch.where(agreement.items > 0, agreement.items, 1.0)
-    divisor = loss_scale.double() * items / learner.expected_items
+    divisor = loss_scale.double() * items / expected_items
     grad_norm = agreement.squared_norm.sqrt() / divisor
-    if learner.max_grad_norm is not None:
-        divisor = divisor * ((grad_norm + 1e-6) / learner.max_grad_norm).clamp(min=1.0)
-    return _Verdict(found_inf=(~finite).float(), divisor=divisor.float(), grad_norm=grad_norm)
+    if max_grad_norm is not None:
+        divisor = divisor * ((grad_norm + 1e-6) / max_grad_norm).clamp(min=1.0)
+    return Verdict(found_inf=(~finite).float(), divisor=divisor.float(), grad_norm=grad_norm)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
