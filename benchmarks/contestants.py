@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from launcher.building import build_learner
 from launcher.config.schema import (
     Device,
     Dtype,
@@ -29,7 +30,6 @@ from launcher.config.schema import (
 from launcher.environment import Ranks
 from launcher.training.batches import BatchShape
 from launcher.training.step import Learner
-from launcher.worker import _build_learner  # what a worker does, without its run directory
 
 __all__ = ["MAX_GRAD_NORM", "OPTIMIZER", "Batch", "HandWritten", "Setup", "random_batches"]
 
@@ -93,7 +93,7 @@ class Setup:
         config.cluster.processes_per_node = world_size
         shape = BatchShape(self.micro_batch_size, self.accumulation_steps, world_size)
         ranks = Ranks(rank, world_size, rank, world_size, 0, host)
-        return _build_learner(config, self.job, torch.device(self.device), ranks, shape, steps=1_000_000)
+        return build_learner(config, self.job, torch.device(self.device), ranks, shape, steps=1_000_000)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The same groups and settings as the engine's; fused too."""
