@@ -162,7 +162,7 @@ class _Reaper:
         while not done.wait(_POLL_SECONDS):
             if len(self._workers) < self._num_workers:
                 self._workers |= {child.pid: child for child in multiprocessing.active_children() if child.pid}
-            if any(_has_failed(pid) for pid in self._workers):
+            if any(_has_failed(worker) for worker in self._workers.values()):
                 done.wait(_GRACE_SECONDS)
                 for pid in self._workers:
                     if _is_running(pid):
@@ -171,12 +171,13 @@ class _Reaper:
                 return
 
 
-def _has_failed(pid: int) -> bool:
+def _has_failed(worker: multiprocessing.process.BaseProcess) -> bool:
     """Whether a child has ended badly. It is left to the agent to collect."""
     try:
-        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:  # collected already; only the agent's own check tells how it ended
-        return False
+        assert worker.pid is not None
+        ended = os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # the agent has collected it already, and multiprocessing kept how it ended
+        return bool(worker.exitcode)
     return ended is not None and ended.si_status != 0
 
 

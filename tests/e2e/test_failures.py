@@ -69,9 +69,10 @@ def workers(command: Command) -> dict[int, int]:
     for pid in survivors(command.pid):
         try:
             name = Path(os.readlink(f"/proc/{pid}/fd/1")).name
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if name.startswith("rank-"):
+        if name.startswith("rank-") and parent == command.pid:  # data workers share their rank's log
             found[int(name.removeprefix("rank-").removesuffix(".log"))] = pid
     return found
 
