@@ -65,7 +65,7 @@ def _attempt(
             end_run(run, attempt, started, State.resumable, reason)
             say(f"stopped: {reason}", error=True)
             return EXIT_RESUMABLE, None
-        assert failure is not None
+        failure = failure or _unknown_death(run, attempt)
         end_run(run, attempt, started, State.failed, f"rank {failure.rank}: {failure.message}")
         say(str(failure), error=True)
         return failure.exit_code, failure
@@ -98,6 +98,13 @@ def _silent_death(run: RunDirectory, attempt: int, rank: int, exit_code: int) ->
         killed=exit_code == -signal.SIGKILL,
         consequence=exit_code == -signal.SIGTERM,  # the agent ends the others so; a worker that is up stops politely
     )
+
+
+def _unknown_death(run: RunDirectory, attempt: int) -> Failure:
+    """A worker that was gone before anybody had seen it."""
+    log = run.agent_log(attempt, node_rank=0)
+    message = "A worker ended before it could say anything; the agent's log tells which."
+    return Failure(rank=0, host=socket.gethostname(), log=str(log), message=message)
 
 
 def _shown(path: Path) -> str:
