@@ -5,6 +5,7 @@ Hydra runs here, in the launching process, and nowhere else: workers load ``conf
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -57,6 +58,7 @@ def compose(
     task = _Task(prepare, command)
     ConfigStore.instance().store(name="tminus_schema", node=RunConfig)
     _register_plugins(_project_folders(argv))
+    logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises, and that is put in words here
     decorated = hydra_main(version_base="1.3", config_path=_SHIPPED, config_name="launch")(task)
     with _hydra_environment(argv):
         try:

@@ -7,6 +7,7 @@ This module imports the user's code, and with it torch.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -62,8 +63,11 @@ def _resolve(key: str, node: Mapping[str, Any]) -> Any:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        where = _line_of(cause)
-        detail = f"{type(cause).__name__}: {cause}{where}".strip()
+        module, _, name = target.rpartition(".")
+        if module in sys.modules and not hasattr(sys.modules[module], name):
+            detail = f"the module {module} has no {name!r}.{nearest(name, vars(sys.modules[module]))}".rstrip(".")
+        else:
+            detail = f"{type(cause).__name__}: {cause}{_line_of(cause)}".strip()
         raise ConfigurationError(
             f"{key}._target_={target!r} cannot be imported ({detail}). It must be module.Name, the module in "
             "the current folder or installed in this environment."
