@@ -38,6 +38,8 @@ class Bytes:
 def _live(tensors: list[Any] | None = None) -> int:
     """Bytes of the storages behind some tensors, or behind every tensor that Python knows; each once."""
     found = [value for value in gc.get_objects() if issubclass(type(value), Tensor)] if tensors is None else tensors
+    # A gradient that Python has not asked for yet is unknown to it.
+    found += [tensor.grad for tensor in found if tensor.is_leaf and tensor.grad is not None]
     sizes: dict[int, int] = {}
     for tensor in found:
         local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
@@ -98,10 +100,10 @@ def _watch_step(learner: Learner, job: _Watched) -> None:
 
     def gradients() -> Any:
         found = bind()
-        weights = list(learner.model.module.parameters())
+        weights = [weight.detach() for weight in learner.model.module.parameters()]
         state = [v for entry in learner.optimizer.optimizer.state.values() for v in entry.values() if v.numel() > 1]
         job.seen.step = _live() - job.before
-        job.seen.parts = {"weights": _live(weights), "gradients": _live(found.values), "state": _live(state)}
+        job.seen.parts = {"weights": _live(weights), "gradients": _live([*found.values]), "state": _live(state)}
         return found
 
     learner.optimizer.gradients = gradients  # type: ignore[method-assign]
