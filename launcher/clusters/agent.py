@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, cast
@@ -71,8 +72,17 @@ class StopForwarder:
         _signal_workers(signal.SIGKILL if self._interrupts > 1 else signal.SIGTERM)
 
 
-def run_workers(run_path: Path, attempt: int, num_workers: int, agent_log: Path) -> dict[int, Outcome]:
+def run_workers(
+    run_path: Path, attempt: int, num_workers: int, agent_log: Path, forwarder: StopForwarder
+) -> dict[int, Outcome]:
     """Start the workers of an attempt on this machine and wait for all of them.
+
+    Args:
+        run_path: the run's directory.
+        attempt: from 0.
+        num_workers: on this machine.
+        agent_log: where the elastic agent's log goes.
+        forwarder: passes requests to stop on to the workers.
 
     Returns:
         Each rank's outcome.
@@ -100,7 +110,7 @@ def run_workers(run_path: Path, attempt: int, num_workers: int, agent_log: Path)
         monitor_interval=_POLL_SECONDS,
         signals_to_handle="SIGQUIT",  # the others are ours
     )
-    reaper = _Reaper(num_workers)
+    reaper = _Reaper(num_workers, forwarder)
     try:
         with scratch, _log_to(agent_log), _held_back_in_children(), reaper.watching():
             outcomes = elastic_launch(configuration, main)(str(run_path), attempt, os.getpid())
@@ -124,6 +134,7 @@ def _held_back_in_children() -> Iterator[None]:
     Children inherit the mask of the thread that starts them, this one. The reaper's thread takes the
     signals for this process; Python runs their handlers here all the same.
     """
+    resource_tracker.ensure_running()  # it unblocks INT and TERM in the thread that first starts a worker
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         yield
@@ -134,8 +145,10 @@ def _held_back_in_children() -> Iterator[None]:
 class _Reaper:
     """Once a worker has died, gives the others a moment to end by themselves, then kills them."""
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, forwarder: StopForwarder) -> None:
         self._num_workers = num_workers
+        self._forwarder = forwarder
+        self._all_know = False
         self._workers: dict[int, multiprocessing.process.BaseProcess] = {}
         self._killed: set[int] = set()
 
@@ -162,13 +175,20 @@ class _Reaper:
         while not done.wait(_POLL_SECONDS):
             if len(self._workers) < self._num_workers:
                 self._workers |= {child.pid: child for child in multiprocessing.active_children() if child.pid}
+            if self._forwarder.requested and not self._all_know and len(self._workers) == self._num_workers:
+                self._all_know = True  # the request may have come before there was anybody to pass it on to
+                self._signal(signal.SIGTERM)
             if any(_has_failed(worker) for worker in self._workers.values()):
                 done.wait(_GRACE_SECONDS)
-                for pid in self._workers:
-                    if _is_running(pid):
-                        self._killed.add(pid)
-                        os.kill(pid, signal.SIGKILL)
+                self._killed |= self._signal(signal.SIGKILL)
                 return
+
+    def _signal(self, number: signal.Signals) -> set[int]:
+        """To all workers that still run; returns their ids."""
+        running = {pid for pid in self._workers if _is_running(pid)}
+        for pid in running:
+            os.kill(pid, number)
+        return running
 
 
 def _has_failed(worker: multiprocessing.process.BaseProcess) -> bool:

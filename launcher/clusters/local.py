@@ -33,11 +33,11 @@ def launch(config: RunConfig, command: Sequence[str]) -> tuple[int, RunDirectory
     Returns:
         The exit code (0 finished, 1 failed, 2 wrong request found by a worker, 75 stopped), and the run's directory.
     """
-    run = create_run(config, command)
-    say(f"run: {_shown(run.path)}  ({world_size(config)} worker(s) on {config.device.value})")
     forwarder = StopForwarder()
     attempt, furthest, restarts = 0, -1, 0
     with forwarder.listening():
+        run = create_run(config, command)
+        say(f"run: {_shown(run.path)}  ({world_size(config)} worker(s) on {config.device.value})")
         while True:
             code, failure = _attempt(config, run, attempt, forwarder)
             if failure is None or code != EXIT_FAILED or failure.step is None or forwarder.requested:
@@ -56,7 +56,7 @@ def _attempt(
     """Run the workers once; write down and print how it ended."""
     started = time.time()
     try:
-        outcomes = run_workers(run.path, attempt, world_size(config), run.agent_log(attempt, node_rank=0))
+        outcomes = run_workers(run.path, attempt, world_size(config), run.agent_log(attempt, node_rank=0), forwarder)
     except WorkersDiedError as died:
         silent = [_silent_death(run, attempt, rank, code) for rank, code in died.deaths.items()]
         failure = first_failure(run, attempt, silent)
