@@ -55,4 +55,4 @@ def learner_for(job: Job | None = None, accumulation_steps: int = 1, **changes: 
         config.optimizer = dict(SGD)
     ranks = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1, node_rank=0, host="here")
     shape = BatchShape(8, accumulation_steps, 1)
-    return build_learner(config, job or UnevenJob(), torch.device("cpu"), ranks, shape, steps=100)
+    return build_learner(config, job or UnevenJob(), torch.device(config.device.value), ranks, shape, steps=100)
