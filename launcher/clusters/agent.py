@@ -134,8 +134,10 @@ def _held_back_in_children() -> Iterator[None]:
     Children inherit the mask of the thread that starts them, this one. The reaper's thread takes the
     signals for this process; Python runs their handlers here all the same.
     """
-    resource_tracker.ensure_running()  # it unblocks INT and TERM in the thread that first starts a worker
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    # multiprocessing's tracker must not die of a signal to all either; starting it unblocks INT and TERM here.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         yield
     finally:
