@@ -15,7 +15,7 @@ from typing import Any
 from launcher.config.schema import Decay, Device, Dtype, RunConfig, Strategy
 from launcher.errors import ConfigurationError
 
-__all__ = ["accumulation_steps", "check", "global_batch_size", "shard_ranks", "world_size"]
+__all__ = ["accumulation_steps", "check", "shard_ranks", "world_size"]
 
 
 def world_size(config: RunConfig) -> int:
@@ -38,14 +38,6 @@ def accumulation_steps(config: RunConfig, num_workers: int) -> int:
     assert train.global_batch_size is not None
     assert train.micro_batch_size is not None
     return train.global_batch_size // (train.micro_batch_size * num_workers)
-
-
-def global_batch_size(config: RunConfig, num_workers: int) -> int:
-    """Samples per optimizer step, over all workers."""
-    if config.train.global_batch_size is not None:
-        return config.train.global_batch_size
-    assert config.train.micro_batch_size is not None
-    return config.train.micro_batch_size * num_workers * accumulation_steps(config, num_workers)
 
 
 def check(config: RunConfig, num_gpus: int) -> list[str]:

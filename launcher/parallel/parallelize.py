@@ -52,7 +52,6 @@ class ParallelModel:
     """The user's model, with the parameters that are trained: DTensors where they are sharded."""
     training: nn.Module
     """What a training forward pass calls."""
-    world_size: int
     num_gradient_copies: int
     """How many ranks hold the same gradient after the backward pass."""
     probe: OverflowProbe | None
@@ -129,7 +128,7 @@ def parallelize(job: Job, config: ParallelConfig, layout: Layout) -> ParallelMod
 
     model, probe = build_sharded(job.build_model, prepare, config.strategy, layout)
     replicas = layout.world_size // layout.shard_size
-    return ParallelModel(model, model, layout.world_size, num_gradient_copies=replicas, probe=probe)
+    return ParallelModel(model, model, num_gradient_copies=replicas, probe=probe)
 
 
 def _replicated(job: Job, config: ParallelConfig, layout: Layout) -> ParallelModel:
@@ -139,7 +138,7 @@ def _replicated(job: Job, config: ParallelConfig, layout: Layout) -> ParallelMod
     if layout.compile:
         model.compile()
     if layout.world_size == 1:
-        return ParallelModel(model, model, 1, num_gradient_copies=1, probe=None)
+        return ParallelModel(model, model, num_gradient_copies=1, probe=None)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise JobError(f"{type(job).__name__}: every parameter is frozen; there is nothing to train.")
     training = DistributedDataParallel(
@@ -151,4 +150,4 @@ def _replicated(job: Job, config: ParallelConfig, layout: Layout) -> ParallelMod
     probe = OverflowProbe(layout.device) if layout.probe else None
     if probe is not None:
         probe.watch_replicated(training)
-    return ParallelModel(model, training, layout.world_size, layout.world_size, probe=probe, averages=probe is None)
+    return ParallelModel(model, training, layout.world_size, probe=probe, averages=probe is None)
