@@ -98,6 +98,7 @@ def build_learner(
         shard_size=_shard_size(config, ranks),
         compile=config.train.compile,
         probe=config.precision.loss_scale.enabled and config.precision.loss_scale.attribute,
+        compression=config.compression,
     )
     model = parallelize(job, config.parallel, layout)
     groups = list(job.parameter_groups(model.module))
@@ -120,6 +121,7 @@ def build_learner(
         max_grad_norm=config.train.max_grad_norm,
         world_size=ranks.world_size,
         accumulation_steps=shape.accumulation_steps,
+        measure_every=config.train.log_every,
     )
 
 

@@ -12,10 +12,20 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from launcher.config.schema import Decay, Device, Dtype, RunConfig, Strategy
+from launcher.config.schema import (
+    Accumulate,
+    Axis,
+    Codec,
+    CompressionConfig,
+    Decay,
+    Device,
+    Dtype,
+    RunConfig,
+    Strategy,
+)
 from launcher.errors import ConfigurationError
 
-__all__ = ["accumulation_steps", "check", "shard_ranks", "world_size"]
+__all__ = ["accumulation_steps", "check", "compression_problems", "shard_ranks", "world_size"]
 
 
 def world_size(config: RunConfig) -> int:
@@ -51,7 +61,13 @@ def check(config: RunConfig, num_gpus: int) -> list[str]:
         ConfigurationError: naming every value that is wrong, the valid ones, and what to do.
     """
     problems = [*_names(config), *_sizes(config), *_length_and_batch(config), *_placement(config, num_gpus)]
-    problems += [*_parallel(config), *_loss_scale(config), *_optimizer(config), *_schedule(config)]
+    problems += [
+        *_parallel(config),
+        *compression_problems(config.compression, config.parallel.strategy),
+        *_loss_scale(config),
+        *_optimizer(config),
+        *_schedule(config),
+    ]
     if problems:
         raise ConfigurationError("\n".join(problems))
     return list(_warnings(config))
@@ -148,6 +164,7 @@ def _placement(config: RunConfig, num_gpus: int) -> Iterator[str]:
 def _parallel(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
     yield from _at_least("parallel.shard_size", parallel.shard_size, 1)
+    yield from _positive("parallel.bucket_mib", parallel.bucket_mib)
     if parallel.strategy is not Strategy.hsdp:
         if parallel.shard_size is not None:
             yield (
@@ -159,6 +176,41 @@ def _parallel(config: RunConfig) -> Iterator[str]:
     if workers > 0 and shard_size > 0 and workers % shard_size:
         valid = ", ".join(str(size) for size in range(1, workers + 1) if workers % size == 0)
         yield f"parallel.shard_size={shard_size} does not divide the {workers} worker(s). Valid: {valid}."
+
+
+def compression_problems(compression: CompressionConfig, strategy: Strategy) -> Iterator[str]:
+    """What is wrong with a codec for models that are laid out like this."""
+    codec = compression.codec
+    sharded = strategy in (Strategy.zero2, Strategy.fsdp)
+    if codec is Codec.powersgd and sharded:
+        yield (
+            f"compression=powersgd with parallel={strategy.value}: PowerSGD approximates whole gradient matrices that "
+            "every rank is to have, but here each rank is to have only rows of them. "
+            "Use compression=int8, fp16 or bf16, or parallel=ddp or hsdp."
+        )
+    if compression.axis is Axis.replica and sharded and codec is not Codec.none:
+        yield (
+            f"compression.axis=replica with parallel={strategy.value}: there is one replica, so nothing would be "
+            "compressed. Use compression.axis=all, or parallel=hsdp."
+        )
+    if compression.axis is Axis.all and codec is Codec.powersgd and strategy is Strategy.hsdp:
+        yield (
+            "compression.axis=all with compression=powersgd: PowerSGD cannot shard what it reduces. "
+            "Use compression.axis=replica."
+        )
+    sums_on_wire = compression.accumulate is Accumulate.wire and codec in (Codec.fp16, Codec.bf16)
+    if sums_on_wire and compression.error_feedback:
+        yield (
+            "compression.error_feedback=true with compression.accumulate=wire: what the backend loses in its sum is not "
+            "known. Use compression.accumulate=fp32, or compression.error_feedback=false."
+        )
+    if codec is Codec.int8 and (compression.block_size < 4 or compression.block_size % 4):
+        yield (
+            f"compression.block_size={compression.block_size} must be a multiple of 4, and at least 4, such as 128: "
+            "a block's scale lies behind its values, on a 4-byte boundary."
+        )
+    yield from _at_least("compression.rank", compression.rank, 1)
+    yield from _at_least("compression.start_step", compression.start_step, 2)
 
 
 def _loss_scale(config: RunConfig) -> Iterator[str]:
@@ -198,6 +250,13 @@ def _warnings(config: RunConfig) -> Iterator[str]:
             "precision.dtype=float16 with precision.loss_scale.enabled=false: gradients below 6e-8 become zero and "
             "training may stall without an error. Use precision=fp16 as it is, or precision=bf16."
         )
+    if config.compression.codec is Codec.fp16 and not precision.loss_scale.enabled:
+        yield (
+            "compression=fp16 without a loss scale: gradients below 6e-8 times the number of workers become zero on "
+            "the wire. Use precision=fp16, +precision.loss_scale.enabled=true, or compression=bf16."
+        )
+    if config.compression.codec is not Codec.none and world_size(config) == 1:
+        yield f"compression={config.compression.codec.value} has no effect: one worker sends no gradients."
     if train.max_steps is not None and schedule.warmup_steps >= train.max_steps:
         yield (
             f"schedule.warmup_steps={schedule.warmup_steps} is not below train.max_steps={train.max_steps}: "

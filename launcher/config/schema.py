@@ -12,7 +12,11 @@ from enum import Enum
 from typing import Any
 
 __all__ = [
+    "Accumulate",
+    "Axis",
     "ClusterConfig",
+    "Codec",
+    "CompressionConfig",
     "ConsoleStyle",
     "Decay",
     "Device",
@@ -62,6 +66,30 @@ class Wrap(str, Enum):
 
     blocks = "blocks"
     model = "model"
+
+
+class Codec(str, Enum):
+    """How gradients are written for the wire."""
+
+    none = "none"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    int8 = "int8"
+    powersgd = "powersgd"
+
+
+class Accumulate(str, Enum):
+    """Where 16-bit gradients are summed."""
+
+    wire = "wire"
+    fp32 = "fp32"
+
+
+class Axis(str, Enum):
+    """Which reductions of hsdp are compressed."""
+
+    replica = "replica"
+    all = "all"
 
 
 class Decay(str, Enum):
@@ -160,6 +188,31 @@ class ParallelConfig:
     """Compute each block's activations again in the backward pass instead of keeping them."""
     find_unused_parameters: bool = False
     """ddp: needed by models in which some parameters get no gradient in some steps; costs a walk of the graph."""
+    bucket_mib: float = 25.0
+    """ddp: gradients cross the wire in portions of about this size."""
+
+
+@dataclass(kw_only=True)
+class CompressionConfig:
+    """How gradients cross the wire. Sums and means are the same; what encoding loses is reported in metrics.jsonl."""
+
+    codec: Codec = Codec.none
+    """none: FP32. fp16, bf16: 16 bits a value. int8: 8 bits a value and a scale for each block. powersgd: each matrix
+    as a product of two thin ones (ddp, and hsdp's replicas)."""
+    accumulate: Accumulate = Accumulate.fp32
+    """fp16, bf16. wire: the backend sums in 16 bits. fp32: values go to the rank that owns them, which sums in FP32 and
+    sends 16 bits back; the same bytes, and the sum cannot overflow."""
+    block_size: int = 128
+    """int8: values that share a scale, a multiple of 4. Smaller: more exact, and 4 bytes more for each block."""
+    error_feedback: bool = False
+    """Keep what encoding has lost, and add it to the next step's gradients: two FP32 numbers a parameter and rank more
+    memory. For all but accumulate=wire."""
+    axis: Axis | None = None
+    """hsdp. replica: between the replicas only, FP32 inside each. all: both. null: replica under hsdp, else all."""
+    rank: int = 4
+    """powersgd: columns of the thin matrices."""
+    start_step: int = 100
+    """powersgd: steps with FP32 gradients before it starts; at least 2."""
 
 
 @dataclass(kw_only=True)
@@ -218,6 +271,8 @@ class RunConfig:
     """The arithmetic."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """The layout over the workers."""
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
+    """The gradients' way over the wire."""
     optimizer: dict[str, Any] = field(default_factory=dict)
     """_target_ (a torch.optim.Optimizer), lr and its other arguments."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

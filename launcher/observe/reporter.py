@@ -38,6 +38,10 @@ class Numbers(Protocol):
     def rate_factor(self) -> float: ...
     @property
     def applied_steps(self) -> int: ...
+    @property
+    def wire_bytes(self) -> int: ...
+    @property
+    def compression_error(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,10 @@ class RunReporter(Reporter):
             "data_seconds": timing.data_seconds,
             "samples_per_second": facts.global_batch_size / timing.step_seconds,
             "memory_gib": _memory_gib(facts.device),
+            "wire_bytes": numbers.wire_bytes,
         }
+        if numbers.compression_error is not None:
+            line["compression_error"] = numbers.compression_error
         self._write("train", line)
         self._console.step(line)
         if time.monotonic() - self._status_written > _STATUS_SECONDS:

@@ -19,11 +19,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from launcher.config.schema import ParallelConfig, Strategy, Wrap
+from launcher.compression import OverflowProbe, Wire, attach_replicated
+from launcher.config.schema import Codec, CompressionConfig, ParallelConfig, Strategy, Wrap
 from launcher.errors import JobError
 from launcher.job import Job
 from launcher.parallel.blocks import checked_blocks, checked_model, checkpoint_activations
-from launcher.parallel.probes import OverflowProbe
 from launcher.parallel.sharding import build_sharded
 
 __all__ = ["Layout", "ParallelModel", "parallelize"]
@@ -42,6 +42,8 @@ class Layout:
     compile: bool
     probe: bool
     """Whether to look at the gradients before they cross the wire."""
+    compression: CompressionConfig
+    """How gradients cross the wire."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class ParallelModel:
     num_gradient_copies: int
     """How many ranks hold the same gradient after the backward pass."""
     probe: OverflowProbe | None
+    wire: Wire
     averages: bool = True
     """Whether the ranks' gradients are averaged on their way, or summed."""
 
@@ -126,9 +129,10 @@ def parallelize(job: Job, config: ParallelConfig, layout: Layout) -> ParallelMod
                 part.compile()
         return blocks
 
-    model, probe = build_sharded(job.build_model, prepare, config.strategy, layout)
+    wire, probe = Wire(layout.device), OverflowProbe(layout.device) if layout.probe else None
+    model = build_sharded(job.build_model, prepare, config.strategy, layout, (wire, probe))
     replicas = layout.world_size // layout.shard_size
-    return ParallelModel(model, model, num_gradient_copies=replicas, probe=probe)
+    return ParallelModel(model, model, num_gradient_copies=replicas, probe=probe, wire=wire)
 
 
 def _replicated(job: Job, config: ParallelConfig, layout: Layout) -> ParallelModel:
@@ -137,17 +141,19 @@ def _replicated(job: Job, config: ParallelConfig, layout: Layout) -> ParallelMod
         checkpoint_activations(checked_blocks(job, model))
     if layout.compile:
         model.compile()
+    wire = Wire(layout.device)
     if layout.world_size == 1:
-        return ParallelModel(model, model, num_gradient_copies=1, probe=None)
+        return ParallelModel(model, model, num_gradient_copies=1, probe=None, wire=wire)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise JobError(f"{type(job).__name__}: every parameter is frozen; there is nothing to train.")
     training = DistributedDataParallel(
         model,
         device_ids=[layout.device] if layout.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        bucket_cap_mb=config.bucket_mib,
         find_unused_parameters=config.find_unused_parameters,
     )
     probe = OverflowProbe(layout.device) if layout.probe else None
-    if probe is not None:
-        probe.watch_replicated(training)
-    return ParallelModel(model, training, layout.world_size, probe=probe, averages=probe is None)
+    attach_replicated(training, layout.compression, wire, probe)
+    averages = layout.compression.codec is not Codec.none
+    return ParallelModel(model, training, layout.world_size, probe=probe, wire=wire, averages=averages)

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from launcher.compression import OverflowProbe, Wire, attach_sharded
 from launcher.config.schema import Strategy
 from launcher.parallel.blocks import refuse_unshardable
 from launcher.parallel.deferred import DeferredModel, NotDeferrableError, build_deferred
-from launcher.parallel.probes import OverflowProbe
 
 if TYPE_CHECKING:
     from launcher.parallel.parallelize import Layout
@@ -35,7 +35,8 @@ def build_sharded(
     prepare: Callable[[nn.Module], list[nn.Module]],
     strategy: Strategy,
     layout: Layout,
-) -> tuple[nn.Module, OverflowProbe | None]:
+    watchers: tuple[Wire, OverflowProbe | None],
+) -> nn.Module:
     """Build, shard and fill a model.
 
     Args:
@@ -43,6 +44,7 @@ def build_sharded(
         prepare: called on the model before it is sharded; returns the blocks to shard by themselves.
         strategy: zero2, fsdp or hsdp.
         layout: of the ranks.
+        watchers: what its gradients cross, and what looks at them before.
     """
     generator = torch.get_rng_state()
     deferred: DeferredModel | None = None
@@ -56,19 +58,18 @@ def build_sharded(
     torch.set_rng_state(generator)
     blocks = prepare(model)
     refuse_unshardable(model, blocks, type(model).__name__)
-    probe = OverflowProbe(layout.device) if layout.probe else None
-    _shard(model, blocks, strategy, layout, probe)
+    _shard(model, blocks, strategy, layout)
     if deferred is None:
         model.to(layout.device)
     else:
         model.to_empty(device=layout.device)
         _fill(model, deferred)
-    return model.train(), probe
+    wire, probe = watchers
+    attach_sharded(model, layout.compression, wire, probe)
+    return model.train()
 
 
-def _shard(
-    model: nn.Module, blocks: list[nn.Module], strategy: Strategy, layout: Layout, probe: OverflowProbe | None
-) -> None:
+def _shard(model: nn.Module, blocks: list[nn.Module], strategy: Strategy, layout: Layout) -> None:
     half = layout.dtype if layout.dtype is not torch.float32 else None
     # Gradients are reduced, and accumulated between micro-batches, in reduce_dtype.
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -77,8 +78,6 @@ def _shard(
         # Backward begins with the outermost weights: to free them after forward is to gather them again at once.
         reshard = strategy is not Strategy.zero2 and part is not model
         fully_shard(part, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
-        if probe is not None:
-            probe.watch_sharded(cast("FSDPModule", part))
 
 
 def _mesh(strategy: Strategy, layout: Layout) -> DeviceMesh:

@@ -2,7 +2,7 @@
 
 Each rank measures its gradients once, packs the measure with its loss, items and votes into one float64
 vector, and one SUM all-reduce makes it everybody's. Float64 keeps item counts exact up to 2^53, and the
-loss of a billion tokens; the vector's size is ``5 + 2 world_size`` numbers, whatever the model's.
+loss of a billion tokens; the vector's size is ``7 + 2 world_size`` numbers, whatever the model's.
 
 The result stays on the device for the step, and is copied to the host without blocking: the loop reads
 the previous step's copy. All ranks read the same numbers, and so take the same decisions.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["Agreement", "ControlCollective", "Sums"]
 
-_SQUARED_NORM, _NON_FINITE, _LOSS, _ITEMS, _STOP_VOTES, _DIGESTS = range(6)
+_SQUARED_NORM, _NON_FINITE, _LOSS, _ITEMS, _STOP_VOTES, _LOST, _ENCODED, _DIGESTS = range(8)
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class Agreement:
     items: Tensor
     stop_votes: Tensor
     """Ranks that have been asked to stop."""
+    lost: Tensor
+    """Σ over what encoding has lost on the wire, squared; 0 in steps that do not measure it."""
+    encoded: Tensor
+    """Σ over what was encoded, squared."""
     digests: Tensor
     """(world_size,): every rank's digest of its (step, loss scale, learning rate)."""
     origins: Tensor
@@ -71,6 +75,7 @@ class ControlCollective:
         stop: bool,
         share: float = 1.0,
         origin: Tensor | None = None,
+        lost: Tensor | None = None,
     ) -> Agreement:
         """One read pass over ``gradients``, one all-reduce.
 
@@ -81,6 +86,7 @@ class ControlCollective:
             stop: this rank's vote to stop after this step.
             share: what this rank adds to the sums over the gradients: 1 / replicas of each gradient.
             origin: how many of this rank's buckets were not finite before the wire, float64 scalar.
+            lost: this rank's sums of squares over what encoding has lost, and over what was encoded, float64 (2,).
         """
         vector = self._vector.zero_()
         norms = torch.stack(torch._foreach_norm(gradients)) if gradients else vector.new_zeros(0)
@@ -90,12 +96,14 @@ class ControlCollective:
         vector[_LOSS] = sums.loss
         vector[_ITEMS] = sums.items
         vector[_STOP_VOTES] = float(stop)
+        if lost is not None:
+            vector[_LOST : _ENCODED + 1] = lost
         vector[_DIGESTS + self._rank] = digest
         if origin is not None:
             vector[_DIGESTS + self._world_size + self._rank] = origin
         if self._world_size > 1:
             dist.all_reduce(vector)
         agreed = vector.clone()
-        squared_norm, non_finite, loss, items, stop_votes = agreed[:_DIGESTS].unbind()
+        squared_norm, non_finite, loss, items, stop_votes, all_lost, encoded = agreed[:_DIGESTS].unbind()
         digests, origins = torch.split(agreed[_DIGESTS:], self._world_size)
-        return Agreement(squared_norm, non_finite, loss, items, stop_votes, digests, origins, norms)
+        return Agreement(squared_norm, non_finite, loss, items, stop_votes, all_lost, encoded, digests, origins, norms)

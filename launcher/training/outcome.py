@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,19 @@ from torch import Tensor
 
 from launcher.precision import Agreement, Gradients
 
-__all__ = ["StepNumbers", "StepTicket"]
+__all__ = ["StepNumbers", "StepTicket", "Verdict"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do with the gradients: float32 scalars on the device."""
+
+    found_inf: Tensor
+    """Exactly 1 if any gradient on any rank is not finite, else exactly 0."""
+    divisor: Tensor
+    """Loss scale, items and clipping in one number."""
+    grad_norm: Tensor
+    """Of the gradient of the mean loss: unscaled, before clipping; float64."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,11 @@ class StepNumbers:
     """Whether any rank has voted to stop."""
     digests: tuple[float, ...]
     """Each rank's digest of its state before the step."""
+    wire_bytes: int
+    """What this rank has sent for gradients; for the backend's own collectives, what a ring sends."""
+    compression_error: float | None
+    """What encoding has lost on the wire, relative to what was encoded, as L2 norms over all ranks; None in steps that
+    do not measure it, and where nothing is encoded."""
     origins: tuple[int, ...]
     """Ranks whose own gradients were not finite, before the wire; empty if nobody has looked."""
 
@@ -47,6 +65,7 @@ class StepTicket:
     """Which gradients ``norms`` measures; their values are gone."""
     norms: Tensor
     """(gradients,): this rank's measure of each, on the device."""
+    wire_bytes: int
     _host: Tensor
     _copied: torch.cuda.Event | None
 
@@ -56,11 +75,11 @@ class StepTicket:
         step: int,
         gradients: Gradients,
         agreement: Agreement,
-        grad_norm: Tensor,
-        found_inf: Tensor,
+        verdict: Verdict,
         loss_scale: Tensor,
         rate_factor: Tensor,
         applied_steps: Tensor,
+        wire_bytes: int,
     ) -> StepTicket:
         """Pack the numbers and start their copy to pinned host memory."""
         measured = Gradients(gradients.indices, [])
@@ -68,26 +87,29 @@ class StepTicket:
             agreement.loss,
             agreement.items,
             agreement.stop_votes,
-            grad_norm,
-            found_inf,
+            agreement.lost,
+            agreement.encoded,
+            verdict.grad_norm,
+            verdict.found_inf,
             loss_scale,
             rate_factor,
             applied_steps,
         )
         packed = torch.cat([torch.stack([scalar.double() for scalar in scalars]), agreement.digests, agreement.origins])
         if packed.device.type != "cuda":
-            return cls(step, measured, agreement.norms, packed, None)
+            return cls(step, measured, agreement.norms, wire_bytes, packed, None)
         host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
         host.copy_(packed, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
-        return cls(step, measured, agreement.norms, host, copied)
+        return cls(step, measured, agreement.norms, wire_bytes, host, copied)
 
     def read(self) -> StepNumbers:
         """The step's numbers, once they have arrived."""
         if self._copied is not None:
             self._copied.synchronize()
-        loss, items, stop, grad_norm, found_inf, loss_scale, rate_factor, applied, *slots = self._host.tolist()
+        numbers = self._host.tolist()
+        loss, items, stop, lost, encoded, grad_norm, found_inf, loss_scale, rate_factor, applied, *slots = numbers
         digests, origins = slots[: len(slots) // 2], slots[len(slots) // 2 :]
         return StepNumbers(
             step=self.step,
@@ -99,5 +121,7 @@ class StepTicket:
             applied_steps=int(applied),
             stop=stop > 0,
             digests=tuple(digests),
+            wire_bytes=self.wire_bytes,
+            compression_error=math.sqrt(lost / encoded) if encoded > 0 else None,
             origins=tuple(rank for rank, count in enumerate(origins) if count),
         )

@@ -18,7 +18,7 @@ from launcher.errors import JobError
 from launcher.job import Job, LossOutput
 from launcher.parallel import ParallelModel
 from launcher.precision import Agreement, ControlCollective, FoldedOptimizer, LossScale, Sums
-from launcher.training.outcome import StepTicket
+from launcher.training.outcome import StepTicket, Verdict
 from launcher.training.schedule import Schedule
 
 __all__ = ["Learner", "train_step"]
@@ -40,6 +40,8 @@ class Learner:
     max_grad_norm: float | None
     world_size: int
     accumulation_steps: int
+    measure_every: int
+    """Steps between two that measure what is lost on the wire."""
     parameter_names: list[str]
     """Of what is trained, in the optimizer's order."""
     expected_items: float | None = None
@@ -56,18 +58,6 @@ class Learner:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What to do with the gradients: float32 scalars on the device."""
-
-    found_inf: Tensor
-    """Exactly 1 if any gradient on any rank is not finite, else exactly 0."""
-    divisor: Tensor
-    """Loss scale, items and clipping in one number."""
-    grad_norm: Tensor
-    """Of the gradient of the mean loss: unscaled, before clipping; float64."""
-
-
 def train_step(learner: Learner, micro_batches: Iterable[Any], stop: bool) -> StepTicket:
     """Attempt one optimizer step on this rank's micro-batches.
 
@@ -82,6 +72,8 @@ def train_step(learner: Learner, micro_batches: Iterable[Any], stop: bool) -> St
     rate_factor = learner.schedule.factor()
     learner.optimizer.set_rate_factor(rate_factor)
     loss_scale = learner.loss_scale.scale.clone()
+    wire = learner.model.wire
+    wire.begin(loss_scale, measures=(learner.steps + 1) % learner.measure_every == 0)
 
     sums = _accumulate(learner, micro_batches)
     if learner.steps == 0:
@@ -94,10 +86,12 @@ def train_step(learner: Learner, micro_batches: Iterable[Any], stop: bool) -> St
         stop=stop,
         share=1.0 / learner.model.num_gradient_copies,
         origin=learner.model.probe.take() if learner.model.probe is not None else None,
+        lost=wire.take_lost(),
     )
     assert learner.expected_items is not None
     verdict = judge(agreement, loss_scale, learner.expected_items, learner.max_grad_norm)
     learner.optimizer.step(verdict.divisor, verdict.found_inf)
+    wire.conclude(verdict.found_inf)
     learner.optimizer.zero_grad()
     learner.loss_scale.update(verdict.found_inf)
     learner.schedule.advance(verdict.found_inf)
@@ -107,11 +101,11 @@ def train_step(learner: Learner, micro_batches: Iterable[Any], stop: bool) -> St
         step=learner.steps,
         gradients=gradients,
         agreement=agreement,
-        grad_norm=verdict.grad_norm,
-        found_inf=verdict.found_inf,
+        verdict=verdict,
         loss_scale=loss_scale,
         rate_factor=rate_factor,
         applied_steps=learner.schedule.applied_steps,
+        wire_bytes=wire.take_bytes(),
     )
 
 

@@ -1,0 +1,205 @@
+"""What a step costs on a slow link: every codec against torch's DDP, on two hosts of this machine.
+
+``python -m benchmarks.wire`` as root; ``--quick`` for a look. Milliseconds are of forward and backward of an MLP with
+10.5 M parameters; bytes are what the first host's interface has sent. The last column is the link's utilisation by
+the reduction alone, of one tensor of that size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.common import print_table
+from benchmarks.network import bytes_sent_here, two_hosts, why_not
+from launcher.compression import Wire, attach
+from launcher.compression.channel import Channel
+from launcher.compression.links import Team
+from launcher.config.schema import Accumulate, Codec, CompressionConfig
+
+RATES = {"1gbit": 1e9, "100mbit": 1e8}
+REFERENCE = "torch FP32"
+_WIDTH = 1024
+_LAYERS = 10
+_PORT = 29511
+_TIMEOUT_SECONDS = 1500
+
+Arm = Callable[[DistributedDataParallel], None]
+
+
+def _powersgd(model: DistributedDataParallel) -> None:
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
+    model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+
+
+def _ours(codec: str, **options: Any) -> Arm:
+    return lambda model: (attach(model, codec, **options), None)[1]
+
+
+CONTESTANTS: dict[str, Arm] = {
+    REFERENCE: lambda model: None,
+    "torch FP16 hook": lambda model: model.register_comm_hook(None, default_hooks.fp16_compress_hook),
+    "torch PowerSGD hook, rank 4, one bucket": _powersgd,
+    "fp16, accumulate wire": _ours("fp16", accumulate="wire"),
+    "fp16, accumulate fp32": _ours("fp16"),
+    "bf16, accumulate fp32": _ours("bf16"),
+    "int8, error feedback": _ours("int8"),
+    "int8": _ours("int8", error_feedback=False),
+    "powersgd, rank 4": _ours("powersgd", start_step=2),
+}
+ALONE = {
+    "fp16, accumulate wire": CompressionConfig(codec=Codec.fp16, accumulate=Accumulate.wire),
+    "fp16, accumulate fp32": CompressionConfig(codec=Codec.fp16),
+    "bf16, accumulate fp32": CompressionConfig(codec=Codec.bf16),
+    "int8, error feedback": CompressionConfig(codec=Codec.int8, error_feedback=True),
+    "int8": CompressionConfig(codec=Codec.int8),
+}
+_WARM_UP_STEPS = 3
+_ONE_BUCKET_MIB = 1000
+"""With more than one, torch's PowerSGD crashes on gloo: its second collectives start in another order on each rank."""
+
+
+class _Contest:
+    """One rank's models, one for each contestant."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._inputs = torch.randn(8, _WIDTH)
+        self._models = {}
+        for name in names:
+            layers = [layer for _ in range(_LAYERS) for layer in (nn.Linear(_WIDTH, _WIDTH), nn.ReLU())]
+            bucket = _ONE_BUCKET_MIB if "one bucket" in name else 25
+            model = DistributedDataParallel(
+                nn.Sequential(*layers), bucket_cap_mb=bucket, gradient_as_bucket_view=True
+            )
+            CONTESTANTS[name](model)
+            self._models[name] = model
+
+    def step(self, name: str) -> None:
+        model = self._models[name]
+        model.zero_grad(set_to_none=True)
+        model(self._inputs).square().mean().backward()
+
+    def measure(self, name: str, steps: int) -> tuple[float, int]:
+        """Seconds, and bytes on the interface."""
+        return _measured(lambda: self.step(name), steps)
+
+
+def _measured(step: Callable[[], None], steps: int) -> tuple[float, int]:
+    dist.barrier()
+    before, started = bytes_sent_here(), time.perf_counter()
+    for _ in range(steps):
+        step()
+    dist.barrier()
+    return (time.perf_counter() - started) / steps, (bytes_sent_here() - before) // steps
+
+
+def _alone(name: str, flat: Tensor) -> Callable[[], None]:
+    """The reduction of one tensor, with no backward pass."""
+    wire = Wire(flat.device)
+    channel = Channel(Team(dist.group.WORLD, flat.device), ALONE[name], wire, "benchmark")
+
+    def step() -> None:
+        wire.begin(torch.ones(()))
+        channel.run_mean(0, flat, None)
+        wire.conclude(torch.zeros(()))
+
+    return step
+
+
+def be_rank(rank: int, world_size: int, address: str, names: list[str], rounds: int, steps: int, out: str) -> None:
+    """One worker's life; rank 0 writes what was measured."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://{address}:{_PORT}", rank=rank, world_size=world_size)
+    torch.manual_seed(rank)
+    contest = _Contest(names)
+    for name in names:
+        contest.measure(name, _WARM_UP_STEPS)
+    measured: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
+    for index in range(rounds):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            measured[name].append(contest.measure(name, steps))
+    flat = torch.randn(sum(each.numel() for each in contest._models[names[0]].parameters()))
+    alone = {}
+    for name in names:
+        if name in ALONE:
+            step = _alone(name, flat)
+            _measured(step, 1)
+            alone[name] = [_measured(step, steps) for _ in range(max(1, rounds // 2))]
+    if rank == 0:
+        Path(out).write_text(json.dumps({"steps": measured, "alone": alone}))
+    dist.destroy_process_group()
+
+
+def contest(rate: str, ranks_per_host: int, names: list[str], rounds: int, steps: int) -> dict[str, Any]:
+    """Everybody's figures on one link."""
+    with tempfile.TemporaryDirectory() as folder, two_hosts(rate) as hosts:
+        out = str(Path(folder) / "measured.json")
+        workers: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(2 * ranks_per_host):
+                request = json.dumps([rank, 2 * ranks_per_host, hosts[0].address, names, rounds, steps, out])
+                workers.append(hosts[rank // ranks_per_host].start(["-m", "benchmarks.wire", "--be", request]))
+            codes = [worker.wait(_TIMEOUT_SECONDS) for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()
+        if any(codes):
+            raise RuntimeError(f"workers ended with {codes}")
+        found: dict[str, Any] = json.loads(Path(out).read_text())
+        return found
+
+
+def _rows(found: dict[str, Any], names: list[str], rate: str) -> list[list[object]]:
+    """Medians of the rounds; ratios within each round."""
+    rows: list[list[object]] = []
+    reference = found["steps"][REFERENCE]
+    for name in names:
+        seconds, sent = zip(*found["steps"][name], strict=True)
+        ratio = statistics.median(own / base for own, (base, _) in zip(seconds, reference, strict=True))
+        bytes_ratio = statistics.median(sent) / statistics.median(base for _, base in reference)
+        used = [8 * sent / RATES[rate] / seconds for seconds, sent in found["alone"].get(name, [])]
+        utilisation: object = statistics.median(used) if used else "–"
+        milliseconds = f"{1e3 * statistics.median(seconds):.0f}"
+        rows.append([name, milliseconds, ratio, f"{statistics.median(sent) / 1e6:.1f}", bytes_ratio, utilisation])
+    return rows
+
+
+def main() -> None:
+    """Print a table for each link and number of workers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, the fast link alone")
+    parser.add_argument("--only", nargs="*", default=list(CONTESTANTS), help="contestants, beside the reference")
+    parser.add_argument("--be", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.be:
+        be_rank(*json.loads(arguments.be))
+        return
+    reason = why_not()
+    if reason:
+        raise SystemExit(f"benchmarks.wire: {reason}")
+    names = [REFERENCE, *(name for name in arguments.only if name != REFERENCE)]
+    for rate in list(RATES)[: 1 if arguments.quick else None]:
+        for ranks_per_host in (1,) if arguments.quick else (1, 2):
+            rounds, steps = (3, 5) if arguments.quick else (7, 6) if rate == "1gbit" else (3, 2)
+            found = contest(rate, ranks_per_host, names, rounds, steps)
+            header = ["", "ms a step", "of torch FP32", "MB sent", "of torch FP32", "link used by the reduction alone"]
+            title = f"A step of DDP, {rate}/s between 2 hosts with {ranks_per_host} worker(s) each"
+            print_table(title, header, _rows(found, names, rate))
+
+
+if __name__ == "__main__":
+    main()

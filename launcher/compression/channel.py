@@ -1,0 +1,152 @@
+"""One axis of ranks, and how flat gradients are averaged along it: the team, the codec, the errors kept."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launcher.compression.backend_sum import BackendSum
+from launcher.compression.codecs import BlockInt8, Half
+from launcher.compression.exchange import Exchange
+from launcher.compression.feedback import Feedback
+from launcher.compression.layout import Layout, Slice
+from launcher.compression.links import Team
+from launcher.compression.pipeline import Chunk, Pipeline
+from launcher.compression.reduction import Reduction
+from launcher.compression.wire import Residue, Wire
+from launcher.config.schema import Accumulate, Codec, CompressionConfig
+
+__all__ = ["Channel"]
+
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Of a tensor, in one chunk. On CPUs a chunk's buffers stay in the cache; on GPUs a launch must be worth its while."""
+_NUM_SLOTS = {"cpu": 6, "cuda": 2}
+"""Chunks under way."""
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The errors of one flat tensor."""
+
+    layout: Layout
+    scattered: Feedback
+    gathered: Feedback | None
+
+
+class Channel:
+    """Averages flat tensors over a team; all its ranks call in the same order.
+
+    Args:
+        team: of at least two ranks.
+        config: a codec of 16 or 8 bits.
+        wire: counts, and keeps the errors.
+        axis: a name for the team's place in the whole, such as "replica".
+        weight: what a mean over this team counts in the mean over all ranks: 1 / its replicas.
+    """
+
+    def __init__(self, team: Team, config: CompressionConfig, wire: Wire, axis: str, weight: float = 1.0) -> None:
+        self.team = team
+        self.wire = wire
+        self._axis = axis
+        self._weight = weight
+        self._keeps_errors = config.error_feedback
+        self._memories: dict[Hashable, _Memory] = {}
+        kind = team.device.type
+        chunk, slots = _CHUNK_ELEMENTS[kind], _NUM_SLOTS[kind]
+        codec = _codec(config)
+        self._exchange = Exchange(team, codec, chunk, slots)
+        self._backend: BackendSum | None = None
+        if config.accumulate is Accumulate.wire and isinstance(codec, Half):
+            self._backend = BackendSum(team, codec, chunk, slots)
+        wire.counters.append(team)
+
+    @property
+    def pipeline(self) -> Pipeline[Any]:
+        """What runs the chunks of means over whole tensors."""
+        return (self._backend or self._exchange).pipeline
+
+    def prepare(self, key: Hashable, layout: Layout, gathers: bool) -> None:
+        """Get ready for a flat tensor before it first crosses, or for one whose layout has changed."""
+        known = self._memories.get(key)
+        if not self._keeps_errors or (known is not None and known.layout == layout):
+            return
+        if known is not None:
+            gone = {id(known.scattered), id(known.gathered)}
+            self.wire.residues = [each for each in self.wire.residues if id(each.feedback) not in gone]
+        self._memories[key] = self._remember(layout, gathers)
+
+    def mean(self, key: Hashable, flat: Tensor, layout: Layout | None) -> Iterator[Chunk]:
+        """The chunks that replace ``flat``, FP32 (n,), by the team's mean.
+
+        Args:
+            key: tells the tensor from others of a step.
+            flat: contiguous.
+            layout: what is in it; None where that is not known, and no errors are kept.
+        """
+        shard = self._exchange.shard_size(flat.numel())
+        memory = self._memory(key, layout, gathers=True)
+        return (self._backend or self._exchange).chunks(self._reduction(memory, flat, flat, shard, gathers=True))
+
+    def run_mean(self, key: Hashable, flat: Tensor, layout: Layout | None) -> None:
+        """``mean``, here and now (on CUDA: enqueued on the current stream)."""
+        self.pipeline.run(self.mean(key, flat, layout))
+
+    def run_shard_mean(self, key: Hashable, source: Tensor, target: Tensor, layout: Layout | None) -> None:
+        """Write this rank's shard of the team's mean to ``target``, here and now (on CUDA: on the current stream).
+
+        Args:
+            key: tells the tensor from others of a step.
+            source: FP32 (size · s,), in the order of the team's ranks.
+            target: FP32 (s,).
+            layout: of ``source``.
+        """
+        memory = self._memory(key, layout, gathers=False)
+        job = self._reduction(memory, source, target, target.numel(), gathers=False)
+        # gloo's own reduce-scatter sends everything twice.
+        reducer = self._backend if self._backend is not None and source.is_cuda else self._exchange
+        reducer.pipeline.run(reducer.chunks(job))
+
+    def _memory(self, key: Hashable, layout: Layout | None, gathers: bool) -> _Memory | None:
+        if layout is None or not self._keeps_errors:
+            return None
+        self.prepare(key, layout, gathers)
+        return self._memories[key]
+
+    def _reduction(
+        self, memory: _Memory | None, source: Tensor, target: Tensor, shard: int, gathers: bool
+    ) -> Reduction:
+        scattered, gathered = (memory.scattered, memory.gathered) if memory is not None else (None, None)
+        return Reduction(source, target, shard, gathers, self.wire.terms, scattered, gathered)
+
+    def _remember(self, layout: Layout, gathers: bool) -> _Memory:
+        """Make the memory of a flat tensor, and let the wire know whose errors it holds."""
+        grid, device = self.team.grid, self.team.device
+        shard = self._exchange.shard_size(layout.numel) if gathers else layout.numel // self.team.size
+        scattered = Feedback(grid.num_hosts * shard, device)
+        sent: list[Slice] = []
+        for host in range(grid.num_hosts):
+            owner = grid.ranks[host][grid.place]
+            if host != grid.host:
+                parts = layout.within(owner * shard, shard)
+                sent += [Slice(host * shard + part.offset, part.name, part.start, part.length) for part in parts]
+        # Errors that are shared out anew go to whoever encodes the mean last.
+        is_last = not gathers and self._weight == 1.0
+        share = 1.0 / (grid.num_hosts - 1) if is_last else 0.0
+        self.wire.residues.append(Residue(f"{self._axis}.scattered", scattered, tuple(sent), self._weight, share))
+        if not gathers:
+            return _Memory(layout, scattered, None)
+        gathered = Feedback(shard, device)
+        owned = tuple(layout.within(self.team.rank * shard, shard))
+        self.wire.residues.append(Residue(f"{self._axis}.gathered", gathered, owned, self._weight, 1.0))
+        return _Memory(layout, scattered, gathered)
+
+
+def _codec(config: CompressionConfig) -> Half | BlockInt8:
+    if config.codec is Codec.int8:
+        return BlockInt8(config.block_size)
+    assert config.codec in (Codec.fp16, Codec.bf16), config.codec
+    return Half(torch.float16 if config.codec is Codec.fp16 else torch.bfloat16)

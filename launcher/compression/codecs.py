@@ -1,0 +1,117 @@
+"""How a piece of FP32 gradients is written for the wire, and read back: arithmetic alone, no communication.
+
+A codec encodes ``n`` FP32 values into ``encoded_bytes(n)`` bytes; ``n`` is a multiple of its ``block_size``. What is
+not finite stays so: an infinite or undefined value comes back as one (``int8``: with all of its block), so that
+the step's overflow flag still sees it. Results are written where the caller says; a codec allocates nothing
+after its first use.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["BlockInt8", "Codec", "Half"]
+
+_LARGEST = 127.0
+_TINY = 1e-30
+"""The smallest maximum of a block that is told from zero; its reciprocal times 127 is still finite in FP32."""
+
+
+class Codec(Protocol):
+    """A way to write FP32 values in fewer bytes."""
+
+    block_size: int
+    """Values are encoded in multiples of this."""
+
+    def encoded_bytes(self, numel: int) -> int:
+        """The size of ``numel`` values on the wire."""
+
+    def encode(self, values: Tensor, out: Tensor) -> None:
+        """Write ``values``, FP32 (n,), to ``out``, uint8 (encoded_bytes(n),)."""
+
+    def decode(self, encoded: Tensor, out: Tensor) -> None:
+        """Read ``encoded``, uint8 (encoded_bytes(n),), into ``out``, FP32 (n,)."""
+
+    def add_decoded(self, encoded: Tensor, total: Tensor) -> None:
+        """Add what is read from ``encoded`` to ``total``, FP32 (n,)."""
+
+
+class Half:
+    """16 bits a value: float16 or bfloat16, rounded to the nearest."""
+
+    block_size = 2  # whole FP32 words, so that pieces stay aligned
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def encoded_bytes(self, numel: int) -> int:
+        """Two bytes a value."""
+        return 2 * numel
+
+    def encode(self, values: Tensor, out: Tensor) -> None:
+        """A cast; beyond float16's range (65504) the result is infinite."""
+        out.view(self.dtype).copy_(values)
+
+    def decode(self, encoded: Tensor, out: Tensor) -> None:
+        """An exact cast."""
+        out.copy_(encoded.view(self.dtype))
+
+    def add_decoded(self, encoded: Tensor, total: Tensor) -> None:
+        """A sum in FP32."""
+        total.add_(encoded.view(self.dtype))
+
+
+class BlockInt8:
+    """8 bits a value and one FP32 scale for each block of values: the block's largest magnitude becomes 127.
+
+    Encoded, ``n`` values are ``n`` signed bytes followed by ``n / block_size`` FP32 scales. A value is off by at most
+    half of a scale, 1/254 of its block's largest magnitude.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self._work: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def encoded_bytes(self, numel: int) -> int:
+        """A byte a value, four a block."""
+        return numel + 4 * (numel // self.block_size)
+
+    def encode(self, values: Tensor, out: Tensor) -> None:
+        """Scale each block and round to the nearest."""
+        numel = values.numel()
+        blocks = values.view(-1, self.block_size)
+        scales = out[numel:].view(torch.float32)
+        scaled, lowest, inverse = self._workspace(values)
+        # The magnitude of a block; both reductions hand on NaN. Cheaper than one over absolute values.
+        torch.amax(blocks, dim=1, out=scales)
+        torch.amin(blocks, dim=1, out=lowest)
+        torch.maximum(scales, lowest.neg_(), out=scales).clamp_(min=_TINY).mul_(1.0 / _LARGEST)
+        torch.reciprocal(scales, out=inverse)
+        torch.mul(blocks, inverse.unsqueeze(1), out=scaled.view(-1, self.block_size))
+        # In a block that is not finite any byte may be written: its scale makes all of it non-finite.
+        out[:numel].view(torch.int8).copy_(scaled.round_())
+
+    def decode(self, encoded: Tensor, out: Tensor) -> None:
+        """Each byte times its block's scale."""
+        numel = out.numel()
+        out.copy_(encoded[:numel].view(torch.int8))
+        out.view(-1, self.block_size).mul_(encoded[numel:].view(torch.float32).unsqueeze(1))
+
+    def add_decoded(self, encoded: Tensor, total: Tensor) -> None:
+        """A sum in FP32."""
+        scaled, _, _ = self._workspace(total)
+        self.decode(encoded, scaled)
+        total.add_(scaled)
+
+    def _workspace(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For ``values.numel()`` values: as many, and two vectors with one number a block."""
+        numel = values.numel()
+        if self._work is None or self._work[0].numel() < numel or self._work[0].device != values.device:
+            blocks = values.new_empty(2, numel // self.block_size, dtype=torch.float32)
+            self._work = values.new_empty(numel, dtype=torch.float32), blocks[0], blocks[1]
+        scaled, lowest, inverse = self._work
+        num_blocks = numel // self.block_size
+        return scaled[:numel], lowest[:num_blocks], inverse[:num_blocks]

@@ -1,0 +1,154 @@
+"""Who reduces together, and how pieces travel between them.
+
+``Team`` is a group of ranks with a process group of its own, arranged by host: what is exchanged within a host does
+not cross the network. ``Team.exchange`` sends to several ranks and receives from several at once, point to point: on
+gloo that keeps a link busier than its collectives do, and no two ranks need to post in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Grid", "Parcel", "Pending", "Team", "host_key", "reduce_scatter"]
+
+# torch 2.13 has a new name and deprecates the old one, which is all that 2.11 has.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The ranks of a team as hosts × ranks of a host; one rank for each "host" if hosts are unequal or only one."""
+
+    ranks: tuple[tuple[int, ...], ...]
+    """(num_hosts, ranks_per_host): ranks within the team."""
+    host: int
+    """This rank's row."""
+    place: int
+    """This rank's column."""
+
+    @classmethod
+    def of_hosts(cls, hosts: Sequence[str], rank: int) -> Grid:
+        """Arrange ranks 0, 1, … that run on ``hosts``."""
+        by_host: dict[str, list[int]] = {}
+        for number, host in enumerate(hosts):
+            by_host.setdefault(host, []).append(number)
+        rows = list(by_host.values())
+        if len(rows) == 1 or len({len(row) for row in rows}) > 1:
+            rows = [[number] for number in range(len(hosts))]
+        row, column = next((h, members.index(rank)) for h, members in enumerate(rows) if rank in members)
+        return cls(tuple(map(tuple, rows)), row, column)
+
+    @property
+    def num_hosts(self) -> int:
+        """Rows."""
+        return len(self.ranks)
+
+    @property
+    def ranks_per_host(self) -> int:
+        """Columns."""
+        return len(self.ranks[0])
+
+
+def host_key() -> str:
+    """The same for processes that reach each other without crossing a network, and for no others."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    network = Path("/proc/self/ns/net")
+    return "/".join(
+        (
+            socket.gethostname(),
+            boot.read_text().strip() if boot.exists() else "",
+            os.readlink(network) if network.exists() else "",
+        )
+    )
+
+
+class Parcel(NamedTuple):
+    """One message; at most one under way for a pair of ranks and a tag."""
+
+    content: Tensor
+    """Contiguous."""
+    peer: int
+    """A rank within the team."""
+    tag: int
+
+
+class Pending:
+    """Pieces under way."""
+
+    def __init__(self, received: Sequence[dist.Work], sent: Sequence[dist.Work]) -> None:
+        self._received = received
+        self._sent = sent
+
+    def wait(self) -> None:
+        """Until everything has arrived (on CUDA: makes the current stream wait)."""
+        for work in self._received:
+            work.wait()
+
+    def release(self) -> None:
+        """Until what was sent may be overwritten."""
+        for work in self._sent:
+            work.wait()
+
+
+class Team:
+    """A group of ranks that reduce together. Making one is collective over its ranks.
+
+    Args:
+        group: the ranks, in the order of their shards.
+        device: where the gradients live.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.size = group.size()
+        self.rank = group.rank()
+        self.device = device
+        self.bytes_sent = 0
+        """By this rank, since it was last set to 0."""
+        self._coalesces = device.type == "cuda"
+        self.group = group
+        hosts = [str(rank) for rank in range(self.size)]
+        if self.size > 1:
+            if not self._coalesces:
+                # gloo's collectives on one group must be called in one order, and a thread of ours has its own.
+                # NCCL's are put in order by the streams that they run on.
+                self.group = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+            dist.all_gather_object(hosts, host_key(), group=self.group)
+        self.grid = Grid.of_hosts(hosts, self.rank)
+
+    def exchange(self, receive: Sequence[Parcel], send: Sequence[Parcel]) -> Pending:
+        """Start to receive from, and to send to, ranks of the team."""
+        receive = [parcel for parcel in receive if parcel.content.numel()]
+        send = [parcel for parcel in send if parcel.content.numel()]
+        self.bytes_sent += sum(parcel.content.nbytes for parcel in send)
+        if self._coalesces:
+            # NCCL's pairwise operations wait for each other unless they are one group.
+            operations = [dist.P2POp(dist.irecv, p.content, group=self.group, group_peer=p.peer) for p in receive]
+            operations += [dist.P2POp(dist.isend, p.content, group=self.group, group_peer=p.peer) for p in send]
+            works = dist.batch_isend_irecv(operations) if operations else []
+            return Pending(works, ())
+        # gloo: a receive that is posted first saves its sender a round trip.
+        received = [self.group.recv([parcel.content], parcel.peer, parcel.tag) for parcel in receive]
+        return Pending(received, [self.group.send([parcel.content], parcel.peer, parcel.tag) for parcel in send])
+
+    def reduce_scatter(self, target: Tensor, source: Tensor) -> Pending:
+        """Start the backend's own sum of shards, in the type of ``source``; counted as what a ring sends."""
+        self.bytes_sent += (self.size - 1) * target.nbytes
+        work = reduce_scatter(target, source, group=self.group, async_op=True)
+        assert work is not None
+        return Pending((work,), ())
+
+    def all_reduce(self, values: Tensor) -> Pending:
+        """Start the backend's own sum, in the type of ``values``; counted as what a ring sends."""
+        self.bytes_sent += 2 * (self.size - 1) * values.nbytes // self.size
+        work = dist.all_reduce(values, group=self.group, async_op=True)
+        assert work is not None
+        return Pending((work,), ())

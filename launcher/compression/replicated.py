@@ -1,0 +1,183 @@
+"""Into DistributedDataParallel: a communication hook, and buckets that stay as they are.
+
+torch's ``none`` is the backend's sum of FP32. With a codec a bucket goes to the courier, which averages it while
+backward goes on.
+"""
+
+# DDP looks at the annotations of a hook, which must be types: no postponed annotations in this file.
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from launcher.compression.channel import Channel
+from launcher.compression.courier import Courier, Errand, build_courier
+from launcher.compression.layout import Layout
+from launcher.compression.links import Team
+from launcher.compression.powersgd import PowerSGD
+from launcher.compression.probe import OverflowProbe
+from launcher.compression.wire import Wire
+from launcher.config.schema import Codec, CompressionConfig
+
+__all__ = ["attach_replicated", "settle_buckets"]
+
+_Future: Any = torch.futures.Future
+_Way = Callable[["_Bucket"], Any]
+
+
+class _Bucket:
+    """One of DDP's buckets; all that is needed of it after the hook has returned."""
+
+    def __init__(self, bucket: dist.GradBucket, names: dict[Tensor, str]) -> None:  # type: ignore[name-defined]
+        self.index = bucket.index()
+        self.flat = bucket.buffer()
+        self.gradients = bucket.gradients()
+        self.layout = Layout.of_bucket([(names[each], each.numel()) for each in bucket.parameters()])
+
+
+class _Hook:
+    """The state of DDP's hook."""
+
+    def __init__(self, names: dict[Tensor, str], wire: Wire, probe: OverflowProbe | None) -> None:
+        self.names = names
+        self.wire = wire
+        self.probe = probe
+        self.prepares = False
+        """Whether buckets come only to be known, with nothing in them."""
+        self.prepare: Callable[[_Bucket], None] = lambda bucket: None
+        self.send: _Way = _arrived
+
+
+def _cross(hook: _Hook, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    crossing = _Bucket(bucket, hook.names)
+    future: torch.futures.Future[Tensor]
+    if hook.prepares:
+        hook.prepare(crossing)
+        future = _arrived(crossing)
+        return future
+    if hook.probe is not None:
+        hook.probe.look(crossing.flat)
+    hook.wire.crossing(crossing.index)
+    future = hook.send(crossing)
+    return future
+
+
+def _arrived(bucket: _Bucket) -> Any:
+    future = _Future()
+    future.set_result(bucket.flat)
+    return future
+
+
+def attach_replicated(
+    model: DistributedDataParallel,
+    config: CompressionConfig,
+    wire: Wire,
+    probe: OverflowProbe | None = None,
+) -> None:
+    """Register the hook. With ``codec=none`` buckets come back as sums, otherwise as means.
+
+    Args:
+        model: with no hook yet; all its ranks call this.
+        config: of the codec.
+        wire: counts, and keeps errors.
+        probe: looks at the buckets on their way.
+    """
+    names = {parameter: name for name, parameter in model.module.named_parameters()}
+    hook = _Hook(names, wire, probe)
+    group = model.process_group
+    if group.size() > 1:
+        _choose(hook, config, group, wire)
+    model.register_comm_hook(hook, _cross)
+    hook.prepares = True
+    settle_buckets(model)
+    hook.prepares = False
+
+
+def _choose(hook: _Hook, config: CompressionConfig, group: dist.ProcessGroup, wire: Wire) -> None:
+    if config.codec is Codec.none:
+        hook.send = _Summing(group, wire).send
+        return
+    team = Team(group, wire.device)
+    if config.codec is Codec.powersgd:
+        factors = PowerSGD(team, config, wire, axis="replica")
+        hook.prepare = lambda bucket: factors.prepare(bucket.index, bucket.layout)
+        hook.send = lambda bucket: factors.submit(bucket.index, bucket.flat, bucket.gradients, bucket.layout)
+        return
+    channel = Channel(team, config, wire, axis="replica")
+    hook.prepare = lambda bucket: channel.prepare(bucket.index, bucket.layout, gathers=True)
+    hook.send = _Averaging(channel).send
+
+
+class _Summing:
+    """The backend's sum in FP32: a division would be another pass."""
+
+    def __init__(self, group: dist.ProcessGroup, wire: Wire) -> None:
+        self._group = group
+        self.bytes_sent = 0
+        wire.counters.append(self)
+
+    def send(self, bucket: _Bucket) -> Any:
+        self.bytes_sent += 2 * (self._group.size() - 1) * bucket.flat.nbytes // self._group.size()
+        work = dist.all_reduce(bucket.flat, group=self._group, async_op=True)
+        assert work is not None
+        return work.get_future().then(lambda future: future.value()[0])
+
+
+class _Averaging:
+    """A codec's mean, while backward goes on."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._courier: Courier = build_courier(lambda: channel.pipeline, channel.team.device)
+        self._copies: dict[int, Tensor] = {}
+
+    def send(self, bucket: _Bucket) -> Any:
+        flat = bucket.flat
+        if flat.dtype is torch.float32:
+            values = flat
+        else:
+            values = self._copies.get(bucket.index, flat.new_empty(0, dtype=torch.float32))
+            if values.numel() != flat.numel():
+                values = torch.empty_like(flat, dtype=torch.float32)
+            self._copies[bucket.index] = values.copy_(flat)
+
+        def finish() -> None:
+            if values is not flat:
+                flat.copy_(values)
+            self._channel.wire.crossed(flat)
+
+        chunks = tuple(self._channel.mean(bucket.index, values, bucket.layout))
+        return self._courier.take(Errand(chunks, flat, finish))
+
+
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Make DDP build its final buckets now, and let its hook see them; collective.
+
+    DDP builds them anew after its first backward pass, so that what is kept for a bucket would lose its place, and a
+    resumed run would add up in another order than one that was never stopped. One pass of zeros, last parameter
+    first, is that first pass. Does nothing where it would be noticed: gradients that are there already, hooks on
+    them, sparse gradients.
+    """
+    ignored = set(model.parameters_to_ignore)
+    parameters = [each for name, each in model.module.named_parameters() if each.requires_grad and name not in ignored]
+    if not parameters or _would_be_noticed(model, parameters):
+        return
+    zero = torch.zeros((), device=parameters[0].device)
+    with torch.enable_grad():
+        for parameter in parameters:
+            zero = zero + (parameter.sum() * 0.0).float()
+    model.reducer.prepare_for_backward([zero] if model.find_unused_parameters else [])
+    zero.backward()  # type: ignore[no-untyped-call]
+    model.reducer._rebuild_buckets()
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _would_be_noticed(model: DistributedDataParallel, parameters: list[nn.Parameter]) -> bool:
+    sparse = any(getattr(module, "sparse", False) for module in model.module.modules())
+    hooked = any(each._backward_hooks or each._post_accumulate_grad_hooks for each in parameters)
+    return sparse or hooked or model.static_graph or any(each.grad is not None for each in parameters)

@@ -1,0 +1,249 @@
+"""Into FSDP2: a reduce-scatter of ours for each module, and for hsdp a mean over the replicas.
+
+FSDP2 waits for a reduce-scatter before it goes on (on CUDA: a stream of its own does), so chunks run here and now.
+
+Private calls into torch: the module's parameter groups (their order, names and shapes, for the errors that are kept),
+and their ``mesh_info``, which is set to that of one replica where the replicas are ours to average:
+``tests/ranks/test_compression_fsdp.py`` notices a change.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo, FSDPMeshInfo
+
+from launcher.compression.channel import Channel
+from launcher.compression.layout import Layout
+from launcher.compression.links import Team, reduce_scatter
+from launcher.compression.powersgd import PowerSGD
+from launcher.compression.probe import OverflowProbe
+from launcher.compression.wire import Wire
+from launcher.config.schema import Axis, Codec, CompressionConfig
+
+__all__ = ["attach_sharded"]
+
+
+def attach_sharded(model: nn.Module, config: CompressionConfig, wire: Wire, probe: OverflowProbe | None = None) -> None:
+    """Take over the reductions of every FSDP2 module in ``model``; all ranks call this.
+
+    Args:
+        model: after ``fully_shard``.
+        config: of the codec.
+        wire: counts, and keeps errors.
+        probe: looks at what goes into the reduce-scatters.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    routes = _Routes(config, wire)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in _parameter_groups(module):
+                unit = _Unit(group, names, routes, probe)
+                module.set_custom_reduce_scatter(unit)  # type: ignore[arg-type]  # by duck typing
+                if unit.takes_replicas:
+                    _leave_replicas_alone(group)
+                    module.set_all_reduce_hook(unit.reduce_replicas)
+
+
+def _parameter_groups(module: FSDPModule) -> list[Any]:
+    """What FSDP2 reduces together; one for each module, unless parameters have meshes of their own."""
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # before torch 2.12
+        groups = [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def _leave_replicas_alone(group: Any) -> None:
+    """Let FSDP2 reduce over the shards only, as if there were no other replica."""
+    info = group.mesh_info
+    if group.post_forward_mesh_info is not None and group.post_forward_mesh_info != info:
+        raise ValueError(
+            "fully_shard(reshard_after_forward=<a number>) cannot go with compressed replicas: use True or False."
+        )
+    group.mesh_info = FSDPMeshInfo(mesh=info.mesh, shard_mesh_dim=info.shard_mesh_dim)
+    if group.post_forward_mesh_info is not None:
+        group.post_forward_mesh_info = group.mesh_info
+
+
+class _Way(Protocol):
+    """Replaces a shard by the mean over the replicas."""
+
+    def __call__(self, key: int, flat: Tensor, layout: Layout | None, shapes: list[torch.Size]) -> None: ...
+
+
+class _Routes:
+    """The channels, one for each group of ranks."""
+
+    def __init__(self, config: CompressionConfig, wire: Wire) -> None:
+        self.config = config
+        self.wire = wire
+        self.numbers = count()
+        self._shard: dict[dist.ProcessGroup, Channel] = {}
+        self._replica: dict[dist.ProcessGroup, _Way] = {}
+
+    def shard_channel(self, info: Any) -> Channel | None:
+        """What averages over the ranks that share a copy; None: torch does."""
+        codec, is_hsdp = self.config.codec, isinstance(info, DDPMeshInfo)
+        whole = self.config.axis is Axis.all or (self.config.axis is None and not is_hsdp)
+        group = info.shard_process_group
+        if not whole or codec in (Codec.none, Codec.powersgd) or group.size() == 1:
+            return None
+        if group not in self._shard:
+            replicas = info.replicate_mesh_size if is_hsdp else 1
+            self._shard[group] = Channel(Team(group, self.wire.device), self.config, self.wire, "shard", 1.0 / replicas)
+        return self._shard[group]
+
+    def replica_way(self, info: Any) -> _Way | None:
+        """What averages over the copies; None: torch does, or there is one."""
+        if not isinstance(info, DDPMeshInfo) or self.config.codec is Codec.none or info.replicate_mesh_size == 1:
+            return None
+        group = info.replicate_process_group
+        if group not in self._replica:
+            team = Team(group, self.wire.device)
+            if self.config.codec is Codec.powersgd:
+                self._replica[group] = _LowRankWay(PowerSGD(team, self.config, self.wire, "replica"))
+            else:
+                self._replica[group] = _ChannelWay(Channel(team, self.config, self.wire, "replica"))
+        return self._replica[group]
+
+
+class _ChannelWay:
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+
+    def __call__(self, key: int, flat: Tensor, layout: Layout | None, shapes: list[torch.Size]) -> None:
+        self.channel.run_mean(key, flat, layout)
+
+
+class _LowRankWay:
+    def __init__(self, factors: PowerSGD) -> None:
+        self.factors = factors
+
+    def __call__(self, key: int, flat: Tensor, layout: Layout | None, shapes: list[torch.Size]) -> None:
+        parts, offset = [], 0
+        for shape in shapes:
+            parts.append(flat[offset : offset + shape.numel()].view(shape))
+            offset += shape.numel()
+        # What is not known is a vector, which is summed as it is.
+        self.factors.run(key, flat, parts or [flat], layout or Layout((), flat.numel()))
+
+
+class _Unit:
+    """The parameters of one FSDP2 module, whose gradients cross the wire in one flat tensor.
+
+    Serves as ``torch.distributed.fsdp``'s ReduceScatter. A parameter without a gradient is missing in the tensor. Which
+    were there in the last step is looked up when it ends; what fits neither that nor all of them goes without errors.
+    """
+
+    def __init__(self, group: Any, names: dict[Any, str], routes: _Routes, probe: OverflowProbe | None) -> None:
+        info = group.mesh_info
+        self._parameters = group.fsdp_params
+        self._names = names
+        self._probe = probe
+        self._wire = routes.wire
+        self._key = next(routes.numbers)
+        self._num_shards: int = info.shard_mesh_size
+        self._shard_rank: int = info.shard_mesh_rank
+        self._channel = routes.shard_channel(info)
+        self._replica = routes.replica_way(info)
+        self._natively_replicated = info.replicate_mesh_size if isinstance(info, DDPMeshInfo) else 1
+        self.takes_replicas = self._replica is not None
+        self.bytes_sent = 0
+        self._seen: tuple[Any, ...] = tuple(each for each in self._parameters if each.sharded_param.requires_grad)
+        self._layouts: dict[tuple[Any, ...], Layout] = {}
+        self._wire.counters.append(self)
+        self._wire.on_conclude.append(self._remember)
+        self._prepare()
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """FSDP2's own buffers."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        """The reduce-scatter."""
+        if self._probe is not None:
+            self._probe.look(input_tensor)
+        if self._channel is None:
+            self.bytes_sent += (self._num_shards - 1) * output_tensor.nbytes
+            if not self.takes_replicas:
+                self.bytes_sent += (
+                    2 * (self._natively_replicated - 1) * output_tensor.nbytes // self._natively_replicated
+                )
+            return reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        if op not in (dist.ReduceOp.AVG, dist.ReduceOp.SUM):
+            raise ValueError(
+                "A gradient divide factor (set_gradient_divide_factor) cannot go with a codec: it always averages."
+            )
+        self._wire.crossing(self._key)
+        source, target = input_tensor, output_tensor
+        if source.dtype is not torch.float32:
+            source, target = source.float(), torch.empty_like(target, dtype=torch.float32)
+        self._channel.run_shard_mean(self._key, source, target, self._layout(source.numel()))
+        if op == dist.ReduceOp.SUM:
+            target.mul_(self._num_shards)
+        if target is not output_tensor:
+            output_tensor.copy_(target)
+        if not self.takes_replicas:
+            self._wire.crossed(output_tensor)
+        return None
+
+    def reduce_replicas(self, shard: Tensor) -> None:
+        """The mean of the shard that each replica holds, in place."""
+        assert self._replica is not None
+        self._wire.crossing((self._key, "replica"))
+        whole = self._layout(shard.numel() * self._num_shards)
+        layout = whole.part(self._shard_rank, self._num_shards) if whole is not None else None
+        values = shard if shard.dtype is torch.float32 else shard.float()
+        self._replica(self._key, values, layout, self._shapes(layout))
+        if values is not shard:
+            shard.copy_(values)
+        self._wire.crossed(shard)
+
+    def _prepare(self) -> None:
+        """Make the memory of the errors now, so that a checkpoint finds its place."""
+        layout = self._layout_of(self._seen)
+        if not self._seen:
+            return
+        if self._channel is not None:
+            self._channel.prepare(self._key, layout, gathers=False)
+        shard = layout.part(self._shard_rank, self._num_shards)
+        if isinstance(self._replica, _ChannelWay):
+            self._replica.channel.prepare(self._key, shard, gathers=True)
+        elif isinstance(self._replica, _LowRankWay):
+            self._replica.factors.prepare(self._key, shard)
+
+    def _layout(self, numel: int) -> Layout | None:
+        """Of a flat tensor with this many elements; None if it is not known."""
+        trainable = tuple(each for each in self._parameters if each.sharded_param.requires_grad)
+        for candidate in (self._seen, trainable):
+            layout = self._layout_of(candidate)
+            if layout.numel == numel:
+                return layout
+        return None
+
+    def _layout_of(self, parameters: tuple[Any, ...]) -> Layout:
+        if parameters not in self._layouts:
+            shapes = [(self._names.get(each.sharded_param, "?"), each._orig_size) for each in parameters]
+            self._layouts[parameters] = Layout.of_shards(shapes, self._num_shards)
+        return self._layouts[parameters]
+
+    def _shapes(self, layout: Layout | None) -> list[torch.Size]:
+        """Of this rank's padded shard of each parameter in a layout, empty ones included."""
+        if layout is None:
+            return []
+        for parameters, known in self._layouts.items():
+            if known.part(self._shard_rank, self._num_shards) == layout:
+                return [each.padded_sharded_param_size for each in parameters]
+        return []
+
+    def _remember(self) -> None:
+        """Which parameters had a gradient in this step."""
+        seen = tuple(each for each in self._parameters if each.sharded_param.grad is not None)
+        if seen:
+            self._seen = seen

@@ -1,0 +1,220 @@
+"""The wire as a training loop sees it: where a step begins and ends, what was sent and lost, what is to be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.compression.feedback import Feedback
+from launcher.compression.layout import Slice, parse_key, slice_key
+from launcher.compression.terms import StepTerms
+
+__all__ = ["Counter", "Keeper", "Residue", "Wire"]
+
+_WEIGHT = "weight"
+
+
+@dataclass
+class Residue:
+    """The errors of one flat tensor on this rank, and whose they are."""
+
+    kind: str
+    """Tells apart what may hold errors of the same elements."""
+    feedback: Feedback
+    slices: tuple[Slice, ...]
+    """Where in the feedback the elements of which parameter are."""
+    weight: float
+    """What an error here counts in the mean over all ranks."""
+    share: float
+    """The part of an element's errors, added up over all ranks, that this rank takes when they are shared out anew."""
+
+
+class Counter(Protocol):
+    """Whatever counts what it sends."""
+
+    bytes_sent: int
+
+
+class Keeper(Protocol):
+    """State of a codec beside its errors (PowerSGD's factors)."""
+
+    def settle(self, found_inf: Tensor) -> None:
+        """The step was applied (0) or skipped (1)."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """By name."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what belongs to it; the rest is not its own."""
+
+
+class Wire:
+    """What crosses the wire for one model's gradients.
+
+    A loop with a loss scale calls ``begin`` before a step's backward passes and ``conclude`` after its optimizer step.
+    In a loop that does not, the loss scale is read from ``scaler`` (or is 1) when a step's first gradients cross, and
+    the errors of a step whose gradients did not come back finite are forgotten.
+
+    Args:
+        device: where the gradients live.
+        scaler: with ``get_scale()``, such as torch.amp.GradScaler; for loops that do not call ``begin``.
+    """
+
+    def __init__(self, device: torch.device, scaler: Any = None) -> None:
+        self.device = device
+        self.terms = StepTerms(device)
+        self.residues: list[Residue] = []
+        self.counters: list[Counter] = []
+        self.keepers: list[Keeper] = []
+        self.on_conclude: list[Callable[[], None]] = []
+        """Called at the end of a step, while its gradients are still there."""
+        self._scaler = scaler
+        self._is_told = False
+        self._crossed: set[Hashable] = set()
+        self._non_finite = torch.zeros((), dtype=torch.bool, device=device)
+
+    def begin(self, loss_scale: Tensor, measures: bool = False) -> None:
+        """A step begins.
+
+        Args:
+            loss_scale: what its gradients are multiplied by, an FP32 scalar on the device.
+            measures: whether to measure what encoding loses; see ``take_lost``.
+        """
+        self._is_told = True
+        self.terms.begin(loss_scale, measures)
+
+    def conclude(self, found_inf: Tensor) -> None:
+        """The step was applied (``found_inf`` is 0) or skipped (1): an FP32 scalar on the device."""
+        for residue in self.residues:
+            residue.feedback.settle(found_inf)
+        for keeper in self.keepers:
+            keeper.settle(found_inf)
+        for tell in self.on_conclude:
+            tell()
+
+    def crossing(self, key: Hashable) -> None:
+        """A flat tensor is about to cross; the second time that one does, a new step has begun."""
+        if self._is_told:
+            return
+        if not self._crossed or key in self._crossed:
+            self._conclude_by_looks()
+            scale = float(self._scaler.get_scale()) if self._scaler is not None else 1.0
+            self.terms.begin(torch.full((), scale, device=self.device), measures=False)
+        self._crossed.add(key)
+
+    def crossed(self, result: Tensor) -> None:
+        """A flat tensor has come back."""
+        if not self._is_told and (self.residues or self.keepers):
+            self._non_finite |= ~torch.linalg.vector_norm(result).isfinite()
+
+    def _conclude_by_looks(self) -> None:
+        """The last step was applied if all that came back was finite.
+
+        Ranks may look at different shards, and so keep or forget differently; each does what is right for its own.
+        """
+        self._crossed.clear()
+        self.conclude(self._non_finite.float())
+        self._non_finite.zero_()
+
+    def take_bytes(self) -> int:
+        """Bytes that this rank has sent for gradients since the last call."""
+        total = 0
+        for counter in self.counters:
+            total += counter.bytes_sent
+            counter.bytes_sent = 0
+        return int(total)
+
+    def take_lost(self) -> Tensor:
+        """This rank's sums of squares, float64 (2,) on the device: of what encoding has lost in the steps that measured
+        since the last call, and of what was encoded."""
+        lost = self.terms.lost.clone()
+        self.terms.lost.zero_()
+        return lost
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What this rank must have again to go on as if nothing had happened; other ranks' differ.
+
+        Errors are flat slices of parameters, FP32, by name, in units of the true gradient.
+        """
+        state: dict[str, Tensor] = {}
+        for residue in self.residues:
+            state[f"{_WEIGHT}/{residue.kind}"] = torch.tensor(residue.weight, dtype=torch.float64)
+            for part in residue.slices:
+                state[slice_key(residue.kind, part)] = residue.feedback.kept[part.offset : part.offset + part.length]
+        for keeper in self.keepers:
+            state.update(keeper.state_dict())
+        return state
+
+    def load_state_dict(self, read: Callable[[int], Mapping[str, Tensor]], saved_world_size: int) -> None:
+        """Take up what ``saved_world_size`` ranks have saved; collective, before the first step.
+
+        Where ranks, strategy and buckets are what they were, each rank takes its own, to the last bit. Otherwise all
+        errors are added up and shared out among those that will send: what the next mean gains is the same.
+
+        Args:
+            read: gives what a rank has saved, on any device.
+            saved_world_size: how many ranks there were.
+        """
+        world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        saved = read(rank) if rank < saved_world_size else {}
+        for keeper in self.keepers:
+            keeper.load_state_dict(saved)
+        own = self._own_slices()
+        mine = {
+            key: value for key, value in saved.items() if parse_key(key)[0] in {each.kind for each in self.residues}
+        }
+        same = {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in mine.items()}
+        if self._all_agree(world_size == saved_world_size and same):
+            for key, value in own.items():
+                value.copy_(mine[key])
+        else:
+            self._share_out(self._added_up(read, saved_world_size))
+
+    def _own_slices(self) -> dict[str, Tensor]:
+        return {
+            slice_key(residue.kind, part): residue.feedback.kept[part.offset : part.offset + part.length]
+            for residue in self.residues
+            for part in residue.slices
+        }
+
+    def _all_agree(self, vote: bool) -> bool:
+        votes = torch.tensor(float(vote), device=self.device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+        return bool(votes.item())
+
+    def _added_up(self, read: Callable[[int], Mapping[str, Tensor]], saved_world_size: int) -> dict[str, Tensor]:
+        """All saved errors as what they add to the mean: whole flat parameters of which this rank has a part."""
+        sizes: dict[str, int] = {}
+        for residue in self.residues:
+            for part in residue.slices:
+                sizes[part.name] = max(sizes.get(part.name, 0), part.start + part.length)
+        totals = {name: torch.zeros(numel, device=self.device) for name, numel in sizes.items()}
+        for rank in range(saved_world_size) if totals else ():
+            saved = read(rank)
+            weights = {key.partition("/")[2]: float(value) for key, value in saved.items() if _is_weight(key)}
+            for key, values in saved.items():
+                kind, name, start = parse_key(key)
+                if name in totals and kind in weights:
+                    wanted = totals[name][start : start + values.numel()]
+                    wanted += values[: wanted.numel()].to(wanted.device) * weights[kind]
+        return totals
+
+    def _share_out(self, totals: dict[str, Tensor]) -> None:
+        """Take this rank's part of what was added up."""
+        for residue in self.residues:
+            residue.feedback.kept.zero_()
+            for part in residue.slices:
+                total = totals[part.name][part.start : part.start + part.length]
+                residue.feedback.kept[part.offset : part.offset + part.length] = total * (
+                    residue.share / residue.weight
+                )
+
+
+def _is_weight(key: str) -> bool:
+    return key.startswith(f"{_WEIGHT}/")
