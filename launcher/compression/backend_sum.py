@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from launcher.compression.codecs import Half
+from launcher.compression.exchange import Sizes
 from launcher.compression.links import Pending, Team
 from launcher.compression.pipeline import Chunk, Pipeline
 from launcher.compression.reduction import Reduction
@@ -23,15 +24,14 @@ class BackendSum:
     Args:
         team: of at least two ranks.
         codec: float16 or bfloat16.
-        chunk_elements: of the tensor, in one chunk.
-        num_slots: chunks under way.
+        sizes: ``message_bytes`` are those of a chunk.
     """
 
-    def __init__(self, team: Team, codec: Half, chunk_elements: int, num_slots: int) -> None:
+    def __init__(self, team: Team, codec: Half, sizes: Sizes) -> None:
         self.team = team
         self._codec = codec
-        self._piece = -(-chunk_elements // team.size)
-        self._num_slots = num_slots
+        self._piece = -(-sizes.message_bytes // (codec.encoded_bytes(1) * team.size))
+        self._num_slots = sizes.num_slots
 
     @cached_property
     def pipeline(self) -> Pipeline[Tensor]:

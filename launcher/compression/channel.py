@@ -11,7 +11,7 @@ from torch import Tensor
 
 from launcher.compression.backend_sum import BackendSum
 from launcher.compression.codecs import BlockInt8, Half
-from launcher.compression.exchange import Exchange
+from launcher.compression.exchange import Exchange, Sizes
 from launcher.compression.feedback import Feedback
 from launcher.compression.layout import Layout, Slice
 from launcher.compression.links import Team
@@ -22,10 +22,11 @@ from launcher.config.schema import Accumulate, Codec, CompressionConfig
 
 __all__ = ["Channel"]
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Of a tensor, in one chunk. On CPUs a chunk's buffers stay in the cache; on GPUs a launch must be worth its while."""
-_NUM_SLOTS = {"cpu": 6, "cuda": 2}
-"""Chunks under way."""
+_SIZES = {
+    "cpu": Sizes(message_bytes=1 << 20, portion=1 << 17, num_slots=6),
+    "cuda": Sizes(message_bytes=1 << 23, portion=1 << 23, num_slots=2),
+}
+"""On GPUs a launch must be worth its while, and there is no cache to stay in."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,12 @@ class Channel:
         self._weight = weight
         self._keeps_errors = config.error_feedback
         self._memories: dict[Hashable, _Memory] = {}
-        kind = team.device.type
-        chunk, slots = _CHUNK_ELEMENTS[kind], _NUM_SLOTS[kind]
+        sizes = _SIZES[team.device.type]
         codec = _codec(config)
-        self._exchange = Exchange(team, codec, chunk, slots)
+        self._exchange = Exchange(team, codec, sizes)
         self._backend: BackendSum | None = None
         if config.accumulate is Accumulate.wire and isinstance(codec, Half):
-            self._backend = BackendSum(team, codec, chunk, slots)
+            self._backend = BackendSum(team, codec, sizes)
         wire.counters.append(team)
 
     @property

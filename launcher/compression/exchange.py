@@ -8,12 +8,14 @@ Each rank owns one shard of the tensor. In pieces that travel one behind the oth
 3. *gather* (not for a reduce-scatter): the owner encodes the mean once, and every rank, itself included, reads the
    same bytes, so that all hold the same result to the last bit.
 
-What a rank keeps for itself is not encoded in 2. Both encodings may have error feedback.
+What a rank keeps for itself is not encoded in 2. Both encodings may have error feedback. Messages are large, since each
+costs the backend a good part of a millisecond; arithmetic goes through them in portions that stay in the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
 
@@ -27,10 +29,24 @@ from launcher.compression.pipeline import Chunk, Pipeline
 from launcher.compression.reduction import Reduction
 from launcher.compression.terms import StepTerms
 
-__all__ = ["Exchange"]
+__all__ = ["Exchange", "Sizes"]
 
 _LARGEST_TAG = 1 << 30
+_LEAST_CHUNKS = 4
+"""Of a tensor that is not small: what one chunk waits for, another uses."""
 _HOST, _SCATTER, _GATHER, _SHARE = range(4)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How a tensor is cut."""
+
+    message_bytes: int
+    """Of an encoded piece, at most."""
+    portion: int
+    """Values that are encoded or decoded at once, at most."""
+    num_slots: int
+    """Chunks under way."""
 
 
 class _Slot:
@@ -45,21 +61,46 @@ class _Slot:
         self.means = torch.empty(grid.ranks_per_host * pieces, dtype=torch.uint8, device=device)
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """Positions ``first`` to ``last`` of every shard, in one slot."""
+
+    job: Reduction
+    first: int
+    last: int
+    number: int
+    """Of all chunks of the exchange, the same on every rank."""
+    slot: _Slot
+
+    @property
+    def width(self) -> int:
+        return self.last - self.first
+
+    def length(self, owner: int) -> int:
+        """How many of the positions exist in an owner's shard."""
+        return self.job.length(owner, self.first, self.last)
+
+    def piece(self, owner: int) -> Tensor:
+        """This rank's own values there."""
+        return self.job.piece(owner, self.first, self.last)
+
+
 class Exchange:
     """A team and a codec: cuts reductions into chunks, which a pipeline runs.
 
     Args:
         team: of at least two ranks.
         codec: what crosses the network.
-        chunk_elements: of the tensor, in one chunk.
-        num_slots: chunks under way.
+        sizes: of messages and portions.
     """
 
-    def __init__(self, team: Team, codec: Codec, chunk_elements: int, num_slots: int) -> None:
+    def __init__(self, team: Team, codec: Codec, sizes: Sizes) -> None:
         self.team = team
         self.codec = codec
-        self._piece = self._padded(max(1, chunk_elements // team.size))
-        self._num_slots = num_slots
+        block = codec.block_size
+        self._portion = self._padded(sizes.portion)
+        self._piece = max(sizes.message_bytes // codec.encoded_bytes(block), 1) * block
+        self._num_slots = sizes.num_slots
         self._numbers = count()
 
     @cached_property
@@ -69,7 +110,7 @@ class Exchange:
 
     @cached_property
     def _workspace(self) -> Tensor:
-        return torch.empty(2, self._piece, device=self.team.device)
+        return torch.empty(2, min(self._portion, self._piece), device=self.team.device)
 
     def shard_size(self, numel: int) -> int:
         """Elements that each rank owns of ``numel``, in whole blocks."""
@@ -77,22 +118,43 @@ class Exchange:
 
     def chunks(self, reduction: Reduction) -> Iterator[Chunk]:
         """The chunks of a reduction, to be started in this order."""
-        for first in range(0, reduction.shard, self._piece):
-            last = min(first + self._piece, reduction.shard)
-            yield partial(self._course, reduction, first, last, next(self._numbers))
+        share = max(-(-reduction.shard // _LEAST_CHUNKS), min(self._portion, self._piece))
+        piece = min(self._piece, self._padded(share))
+        for first in range(0, reduction.shard, piece):
+            last = min(first + piece, reduction.shard)
+            yield partial(self._start, reduction, first, last, next(self._numbers))
+
+    def _start(
+        self, reduction: Reduction, first: int, last: int, number: int, slot: _Slot
+    ) -> Generator[Pending, None, None]:
+        return self._course(_Chunk(reduction, first, last, number, slot))
 
     def _padded(self, numel: int) -> int:
         """``numel`` and what is missing to whole blocks."""
         return -(-numel // self.codec.block_size) * self.codec.block_size
 
-    def _tag(self, number: int, stage: int, host: int = 0) -> int:
-        return ((number * 4 + stage) * self.team.grid.num_hosts + host) % _LARGEST_TAG
+    def _portions(self, length: int) -> Iterator[tuple[int, int]]:
+        """``length`` values in portions, as (first, last)."""
+        step = self._workspace.shape[1]
+        for first in range(0, length, step):
+            yield first, min(first + step, length)
 
-    def _course(
-        self, job: Reduction, first: int, last: int, number: int, slot: _Slot
-    ) -> Generator[Pending, None, None]:
-        """Positions ``first`` to ``last`` of every shard, from here to there and back."""
-        grid = self.team.grid
+    def _encoded(self, buffer: Tensor, first: int, last: int) -> Tensor:
+        """The portion ``first`` to ``last`` of an encoded piece."""
+        start = self.codec.encoded_bytes(first)
+        return buffer[start : start + self.codec.encoded_bytes(self._padded(last - first))]
+
+    def _row(self, buffer: Tensor, index: int, width: int, length: int) -> Tensor:
+        """An encoded piece of ``length`` values in a buffer with rows for ``width`` values."""
+        start = index * self.codec.encoded_bytes(self._padded(width))
+        return buffer[start : start + self.codec.encoded_bytes(self._padded(length))]
+
+    def _tag(self, chunk: _Chunk, stage: int, host: int = 0) -> int:
+        return ((chunk.number * 4 + stage) * self.team.grid.num_hosts + host) % _LARGEST_TAG
+
+    def _course(self, chunk: _Chunk) -> Generator[Pending, None, None]:
+        """A chunk's way, from here to there and back."""
+        grid, job = self.team.grid, chunk.job
         under_way: list[Pending] = []
 
         def posted(pending: Pending) -> Pending:
@@ -100,152 +162,142 @@ class Exchange:
             return pending
 
         if grid.ranks_per_host > 1:
-            yield posted(self._send_within_host(job, first, last, number, slot))
-        yield posted(self._scatter(job, first, last, number, slot))
-        mean = self._sum(job, first, last, slot)
-        if not job.gathers:
-            job.target[first : first + mean.numel()] = mean
-        else:
-            yield posted(self._gather(job, first, last, number, slot))
-            self._read_means(job, first, last, slot, grid.place)
+            yield posted(self._send_within_host(chunk))
+        yield posted(self._scatter(chunk))
+        mean = job.target[chunk.first : chunk.first + chunk.length(self.team.rank)] if not job.gathers else None
+        self._sum(chunk, mean)
+        if job.gathers:
+            yield posted(self._gather(chunk))
+            self._read_means(chunk, grid.place)
             if grid.ranks_per_host > 1:
-                yield posted(self._share(first, last, number, slot))
+                yield posted(self._share(chunk))
                 for place in range(grid.ranks_per_host):
                     if place != grid.place:
-                        self._read_means(job, first, last, slot, place)
+                        self._read_means(chunk, place)
         for pending in under_way:
             pending.release()
 
-    def _send_within_host(self, job: Reduction, first: int, last: int, number: int, slot: _Slot) -> Pending:
+    def _send_within_host(self, chunk: _Chunk) -> Pending:
         grid = self.team.grid
         send, receive = [], []
         for place, peer in enumerate(grid.ranks[grid.host]):
             if place == grid.place:
                 continue
             for host in range(grid.num_hosts):
-                tag = self._tag(number, _HOST, host)
-                send.append(Parcel(job.piece(grid.ranks[host][place], first, last), peer, tag))
-                length = job.length(grid.ranks[host][grid.place], first, last)
-                receive.append(Parcel(self._from_host(slot, place, host, last - first)[:length], peer, tag))
+                tag = self._tag(chunk, _HOST, host)
+                send.append(Parcel(chunk.piece(grid.ranks[host][place]), peer, tag))
+                receive.append(Parcel(self._from_host(chunk, place, host), peer, tag))
         return self.team.exchange(receive, send)
 
-    def _from_host(self, slot: _Slot, place: int, host: int, numel: int) -> Tensor:
+    def _from_host(self, chunk: _Chunk, place: int, host: int) -> Tensor:
         """Where the piece for ``host`` from the local rank in ``place`` arrives."""
         grid = self.team.grid
         others = place - (place > grid.place)
-        return slot.host[: (grid.ranks_per_host - 1) * grid.num_hosts * numel].view(-1, grid.num_hosts, numel)[
-            others, host
-        ]
+        start = (others * grid.num_hosts + host) * chunk.width
+        return chunk.slot.host[start : start + chunk.length(grid.ranks[host][grid.place])]
 
-    def _scatter(self, job: Reduction, first: int, last: int, number: int, slot: _Slot) -> Pending:
+    def _scatter(self, chunk: _Chunk) -> Pending:
         """Encode what each host's owner is to have, this host's ranks summed."""
-        grid = self.team.grid
-        values, _ = self._workspace
+        grid, job = self.team.grid, chunk.job
+        tag = self._tag(chunk, _SCATTER)
         send, receive = [], []
         for host in range(grid.num_hosts):
             owner = grid.ranks[host][grid.place]
-            length = job.length(owner, first, last)
-            padded = self._padded(length)
-            ours = values[:padded]
-            if grid.ranks_per_host == 1:
-                torch.mul(job.piece(owner, first, last), 1.0 / self.team.size, out=ours[:length])
-            else:
-                for place in range(grid.ranks_per_host):
-                    own = place == grid.place
-                    piece = (
-                        job.piece(owner, first, last)
-                        if own
-                        else self._from_host(slot, place, host, last - first)[:length]
-                    )
-                    ours[:length].copy_(piece) if place == 0 else ours[:length].add_(piece)
-                ours[:length].mul_(1.0 / self.team.size)
-            ours[length:].zero_()
+            length = chunk.length(owner)
+            pieces = [
+                chunk.piece(owner) if place == grid.place else self._from_host(chunk, place, host)
+                for place in range(grid.ranks_per_host)
+            ]
             if host == grid.host:
-                slot.own[:padded].copy_(ours)
+                self._add_up(pieces, 0, length, chunk.slot.own[:length])
                 continue
-            encoded = self._piece_of(slot.sent, host, padded, last - first)
-            self._encode(ours, encoded, length, job.scattered, host * job.shard + first, job.terms)
-            send.append(Parcel(encoded, owner, self._tag(number, _SCATTER)))
-            expected = self._padded(job.length(self.team.rank, first, last))
-            arriving = self._piece_of(slot.received, host, expected, last - first)
-            receive.append(Parcel(arriving, owner, self._tag(number, _SCATTER)))
+            encoded = self._row(chunk.slot.sent, host, chunk.width, length)
+            for first, last in self._portions(length):
+                values = self._workspace[0][: self._padded(last - first)]
+                self._add_up(pieces, first, last, values[: last - first])
+                values[last - first :].zero_()
+                place_of_errors = host * job.shard + chunk.first + first
+                out = self._encoded(encoded, first, last)
+                self._encode(values, out, last - first, job.scattered, place_of_errors, job.terms)
+            send.append(Parcel(encoded, owner, tag))
+            arriving = self._row(chunk.slot.received, host, chunk.width, chunk.length(self.team.rank))
+            receive.append(Parcel(arriving, owner, tag))
         return self.team.exchange(receive, send)
 
-    def _piece_of(self, buffer: Tensor, index: int, padded: int, numel: int) -> Tensor:
-        """The encoded piece of ``padded`` values in a row of a buffer with rows for ``numel`` values."""
-        start = index * self.codec.encoded_bytes(self._padded(numel))
-        return buffer[start : start + self.codec.encoded_bytes(padded)]
+    def _add_up(self, pieces: list[Tensor], first: int, last: int, out: Tensor) -> None:
+        """The sum of the pieces' values ``first`` to ``last``, divided by the number of ranks."""
+        torch.mul(pieces[0][first:last], 1.0 / self.team.size, out=out)
+        for piece in pieces[1:]:
+            out.add_(piece[first:last], alpha=1.0 / self.team.size)
 
-    def _sum(self, job: Reduction, first: int, last: int, slot: _Slot) -> Tensor:
-        """The mean of this rank's own positions: FP32, in the order of the hosts."""
-        grid = self.team.grid
-        length = job.length(self.team.rank, first, last)
-        padded = self._padded(length)
-        mean = self._workspace[0][:padded].zero_()
-        for host in range(grid.num_hosts):
-            if host == grid.host:
-                mean.add_(slot.own[:padded])
-            elif padded:
-                self.codec.add_decoded(self._piece_of(slot.received, host, padded, last - first), mean)
-        return mean[:length]
+    def _sum(self, chunk: _Chunk, out: Tensor | None) -> None:
+        """The mean of this rank's own positions: FP32, in the order of the hosts; left in the slot, or in ``out``."""
+        grid, slot = self.team.grid, chunk.slot
+        length = chunk.length(self.team.rank)
+        rows = [self._row(slot.received, host, chunk.width, length) for host in range(grid.num_hosts)]
+        for first, last in self._portions(length):
+            mean = self._workspace[0][: self._padded(last - first)].zero_()
+            for host, row in enumerate(rows):
+                if host == grid.host:
+                    mean[: last - first].add_(slot.own[first:last])
+                else:
+                    self.codec.add_decoded(self._encoded(row, first, last), mean)
+            (slot.own if out is None else out)[first:last] = mean[: last - first]
 
-    def _gather(self, job: Reduction, first: int, last: int, number: int, slot: _Slot) -> Pending:
-        """Encode the mean that ``_sum`` has left in the workspace, for all hosts."""
-        grid = self.team.grid
-        length = job.length(self.team.rank, first, last)
-        padded = self._padded(length)
-        encoded = self._mean(job, slot, grid.host, grid.place, first, last)
-        self._encode(self._workspace[0][:padded], encoded, length, job.gathered, first, job.terms)
-        send, receive = [], []
-        for host in range(grid.num_hosts):
-            if host != grid.host:
-                tag = self._tag(number, _GATHER)
-                send.append(Parcel(encoded, grid.ranks[host][grid.place], tag))
-                arriving = self._mean(job, slot, host, grid.place, first, last)
-                receive.append(Parcel(arriving, grid.ranks[host][grid.place], tag))
-        return self.team.exchange(receive, send)
+    def _gather(self, chunk: _Chunk) -> Pending:
+        """Encode the mean that ``_sum`` has left in the slot, for all hosts."""
+        grid, job, slot = self.team.grid, chunk.job, chunk.slot
+        length = chunk.length(self.team.rank)
+        encoded = self._mean(chunk, grid.host, grid.place)
+        for first, last in self._portions(length):
+            values = self._workspace[0][: self._padded(last - first)]
+            values[: last - first] = slot.own[first:last]
+            values[last - first :].zero_()
+            out = self._encoded(encoded, first, last)
+            self._encode(values, out, last - first, job.gathered, chunk.first + first, job.terms)
+        tag = self._tag(chunk, _GATHER)
+        peers = [(host, grid.ranks[host][grid.place]) for host in range(grid.num_hosts) if host != grid.host]
+        send = [Parcel(encoded, peer, tag) for _, peer in peers]
+        return self.team.exchange(
+            [Parcel(self._mean(chunk, host, grid.place), peer, tag) for host, peer in peers], send
+        )
 
-    def _share(self, first: int, last: int, number: int, slot: _Slot) -> Pending:
+    def _share(self, chunk: _Chunk) -> Pending:
         """Hand all means of this rank's place to the host's other ranks."""
         grid = self.team.grid
-        rows = slot.means.view(grid.ranks_per_host, -1)[
-            :, : grid.num_hosts * self.codec.encoded_bytes(self._padded(last - first))
-        ]
-        tag = self._tag(number, _SHARE)
+        width = grid.num_hosts * self.codec.encoded_bytes(self._padded(chunk.width))
+        rows = chunk.slot.means.view(grid.ranks_per_host, -1)[:, :width]
+        tag = self._tag(chunk, _SHARE)
         peers = [(place, peer) for place, peer in enumerate(grid.ranks[grid.host]) if place != grid.place]
         send = [Parcel(rows[grid.place], peer, tag) for _, peer in peers]
         return self.team.exchange([Parcel(rows[place], peer, tag) for place, peer in peers], send)
 
-    def _mean(self, job: Reduction, slot: _Slot, host: int, place: int, first: int, last: int) -> Tensor:
+    def _mean(self, chunk: _Chunk, host: int, place: int) -> Tensor:
         """The encoded mean of what one rank owns."""
         grid = self.team.grid
-        row = slot.means.view(grid.ranks_per_host, -1)[place]
-        return self._piece_of(row, host, self._padded(job.length(grid.ranks[host][place], first, last)), last - first)
+        row = chunk.slot.means.view(grid.ranks_per_host, -1)[place]
+        return self._row(row, host, chunk.width, chunk.length(grid.ranks[host][place]))
 
-    def _read_means(self, job: Reduction, first: int, last: int, slot: _Slot, place: int) -> None:
+    def _read_means(self, chunk: _Chunk, place: int) -> None:
         """Write the means that the ranks in one place of each host own to the target."""
-        grid = self.team.grid
+        grid, job = self.team.grid, chunk.job
         for host in range(grid.num_hosts):
             owner = grid.ranks[host][place]
-            length = job.length(owner, first, last)
-            if not length:
-                continue
-            encoded = self._mean(job, slot, host, place, first, last)
-            start = owner * job.shard + first
-            padded = self._padded(length)
-            if padded == length:
-                self.codec.decode(encoded, job.target[start : start + length])
-            else:
-                whole = self._workspace[1][:padded]
-                self.codec.decode(encoded, whole)
-                job.target[start : start + length] = whole[:length]
+            encoded = self._mean(chunk, host, place)
+            start = owner * job.shard + chunk.first
+            for first, last in self._portions(chunk.length(owner)):
+                target, portion = job.target[start + first : start + last], self._encoded(encoded, first, last)
+                if self._padded(last - first) == last - first:
+                    self.codec.decode(portion, target)
+                else:
+                    whole = self._workspace[1][: self._padded(last - first)]
+                    self.codec.decode(portion, whole)
+                    target.copy_(whole[: last - first])
 
     def _encode(
         self, values: Tensor, out: Tensor, length: int, feedback: Feedback | None, offset: int, terms: StepTerms
     ) -> None:
         """Encode ``values`` with the errors kept from before; keep what is lost now."""
-        if not length:
-            return
         if feedback is not None:
             feedback.add_to(values[:length], offset, terms.loss_scale)
         self.codec.encode(values, out)

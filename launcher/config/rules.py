@@ -201,8 +201,8 @@ def compression_problems(compression: CompressionConfig, strategy: Strategy) -> 
     sums_on_wire = compression.accumulate is Accumulate.wire and codec in (Codec.fp16, Codec.bf16)
     if sums_on_wire and compression.error_feedback:
         yield (
-            "compression.error_feedback=true with compression.accumulate=wire: what the backend loses in its sum is not "
-            "known. Use compression.accumulate=fp32, or compression.error_feedback=false."
+            "compression.error_feedback=true with compression.accumulate=wire: what the backend loses in its sum is "
+            "not known. Use compression.accumulate=fp32, or compression.error_feedback=false."
         )
     if codec is Codec.int8 and (compression.block_size < 4 or compression.block_size % 4):
         yield (

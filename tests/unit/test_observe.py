@@ -21,7 +21,7 @@ from tests.unit.configs import good_config
 
 TRAIN_FIELDS = {
     *("kind", "attempt", "step", "applied_steps", "samples", "epoch", "loss", "grad_norm", "loss_scale", "overflow"),
-    *("lr", "step_seconds", "data_seconds", "samples_per_second", "memory_gib", "time"),
+    *("lr", "step_seconds", "data_seconds", "samples_per_second", "memory_gib", "wire_bytes", "time"),
 }
 OVERFLOW: dict[str, Any] = {
     "loss_scale": 4.0,
@@ -52,6 +52,8 @@ def numbers(step: int, **changes: Any) -> StepNumbers:
         "rate_factor": 0.5,
         "applied_steps": step - 1,
         "stop": False,
+        "wire_bytes": 10,
+        "compression_error": None,
         "digests": (1.0,),
         "origins": (),
     }
