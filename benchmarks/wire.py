@@ -80,7 +80,7 @@ class _Contest:
         self._models = {}
         for name in names:
             layers = [layer for _ in range(_LAYERS) for layer in (nn.Linear(_WIDTH, _WIDTH), nn.ReLU())]
-            bucket = _ONE_BUCKET_MIB if "one bucket" in name else 25
+            bucket = _ONE_BUCKET_MIB if "one bucket" in name else None
             model = DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=bucket, gradient_as_bucket_view=True)
             CONTESTANTS[name](model)
             self._models[name] = model

@@ -55,7 +55,6 @@ class _Slot:
     def __init__(self, numel: int, codec: Codec, team: Team) -> None:
         grid, device = team.grid, team.device
         pieces = grid.num_hosts * codec.encoded_bytes(numel)
-        self.own = torch.empty(numel, device=device)
         self.host = torch.empty((grid.ranks_per_host - 1) * grid.num_hosts * numel, device=device)
         self.sent, self.received = torch.empty(2, pieces, dtype=torch.uint8, device=device)
         self.means = torch.empty(grid.ranks_per_host * pieces, dtype=torch.uint8, device=device)
@@ -164,9 +163,10 @@ class Exchange:
         if grid.ranks_per_host > 1:
             yield posted(self._send_within_host(chunk))
         yield posted(self._scatter(chunk))
-        mean = job.target[chunk.first : chunk.first + chunk.length(self.team.rank)] if not job.gathers else None
-        self._sum(chunk, mean)
-        if job.gathers:
+        if not job.gathers:
+            for first, last, mean in self._means(chunk):
+                job.target[chunk.first + first : chunk.first + last] = mean[: last - first]
+        else:
             yield posted(self._gather(chunk))
             self._read_means(chunk, grid.place)
             if grid.ranks_per_host > 1:
@@ -203,19 +203,12 @@ class Exchange:
         send, receive = [], []
         for host in range(grid.num_hosts):
             owner = grid.ranks[host][grid.place]
-            length = chunk.length(owner)
-            pieces = [
-                chunk.piece(owner) if place == grid.place else self._from_host(chunk, place, host)
-                for place in range(grid.ranks_per_host)
-            ]
             if host == grid.host:
-                self._add_up(pieces, 0, length, chunk.slot.own[:length])
                 continue
+            length = chunk.length(owner)
             encoded = self._row(chunk.slot.sent, host, chunk.width, length)
             for first, last in self._portions(length):
-                values = self._workspace[0][: self._padded(last - first)]
-                self._add_up(pieces, first, last, values[: last - first])
-                values[last - first :].zero_()
+                values = self._add_up(chunk, host, first, last)
                 place_of_errors = host * job.shard + chunk.first + first
                 out = self._encoded(encoded, first, last)
                 self._encode(values, out, last - first, job.scattered, place_of_errors, job.terms)
@@ -224,37 +217,40 @@ class Exchange:
             receive.append(Parcel(arriving, owner, tag))
         return self.team.exchange(receive, send)
 
-    def _add_up(self, pieces: list[Tensor], first: int, last: int, out: Tensor) -> None:
-        """The sum of the pieces' values ``first`` to ``last``, divided by the number of ranks."""
-        torch.mul(pieces[0][first:last], 1.0 / self.team.size, out=out)
-        for piece in pieces[1:]:
-            out.add_(piece[first:last], alpha=1.0 / self.team.size)
+    def _add_up(self, chunk: _Chunk, host: int, first: int, last: int) -> Tensor:
+        """What this host's ranks have for the owner on ``host``, divided by the number of ranks; in whole blocks."""
+        grid, each = self.team.grid, 1.0 / self.team.size
+        values = self._workspace[0][: self._padded(last - first)]
+        out = values[: last - first]
+        for place in range(grid.ranks_per_host):
+            own = place == grid.place
+            piece = chunk.piece(grid.ranks[host][place]) if own else self._from_host(chunk, place, host)
+            if place == 0:
+                torch.mul(piece[first:last], each, out=out)
+            else:
+                out.add_(piece[first:last], alpha=each)
+        values[last - first :].zero_()
+        return values
 
-    def _sum(self, chunk: _Chunk, out: Tensor | None) -> None:
-        """The mean of this rank's own positions: FP32, in the order of the hosts; left in the slot, or in ``out``."""
-        grid, slot = self.team.grid, chunk.slot
+    def _means(self, chunk: _Chunk) -> Iterator[tuple[int, int, Tensor]]:
+        """The means of this rank's own positions ``first`` to ``last``: FP32, in whole blocks."""
+        grid = self.team.grid
         length = chunk.length(self.team.rank)
-        rows = [self._row(slot.received, host, chunk.width, length) for host in range(grid.num_hosts)]
+        others = [host for host in range(grid.num_hosts) if host != grid.host]
+        rows = [self._row(chunk.slot.received, host, chunk.width, length) for host in others]
         for first, last in self._portions(length):
-            mean = self._workspace[0][: self._padded(last - first)].zero_()
-            for host, row in enumerate(rows):
-                if host == grid.host:
-                    mean[: last - first].add_(slot.own[first:last])
-                else:
-                    self.codec.add_decoded(self._encoded(row, first, last), mean)
-            (slot.own if out is None else out)[first:last] = mean[: last - first]
+            mean = self._add_up(chunk, grid.host, first, last)
+            for row in rows:
+                self.codec.add_decoded(self._encoded(row, first, last), mean)
+            yield first, last, mean
 
     def _gather(self, chunk: _Chunk) -> Pending:
-        """Encode the mean that ``_sum`` has left in the slot, for all hosts."""
-        grid, job, slot = self.team.grid, chunk.job, chunk.slot
-        length = chunk.length(self.team.rank)
+        """Encode the means for all hosts."""
+        grid, job = self.team.grid, chunk.job
         encoded = self._mean(chunk, grid.host, grid.place)
-        for first, last in self._portions(length):
-            values = self._workspace[0][: self._padded(last - first)]
-            values[: last - first] = slot.own[first:last]
-            values[last - first :].zero_()
+        for first, last, mean in self._means(chunk):
             out = self._encoded(encoded, first, last)
-            self._encode(values, out, last - first, job.gathered, chunk.first + first, job.terms)
+            self._encode(mean, out, last - first, job.gathered, chunk.first + first, job.terms)
         tag = self._tag(chunk, _GATHER)
         peers = [(host, grid.ranks[host][grid.place]) for host in range(grid.num_hosts) if host != grid.host]
         send = [Parcel(encoded, peer, tag) for _, peer in peers]

@@ -188,8 +188,8 @@ class ParallelConfig:
     """Compute each block's activations again in the backward pass instead of keeping them."""
     find_unused_parameters: bool = False
     """ddp: needed by models in which some parameters get no gradient in some steps; costs a walk of the graph."""
-    bucket_mib: float = 25.0
-    """ddp: gradients cross the wire in portions of about this size."""
+    bucket_mib: float | None = None
+    """ddp: gradients cross the wire in portions of about this size; null: torch's, a small one and then 25 MiB."""
 
 
 @dataclass(kw_only=True)
