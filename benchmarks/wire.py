@@ -27,7 +27,7 @@ from benchmarks.common import print_table
 from benchmarks.network import bytes_sent_here, two_hosts, why_not
 from launcher.compression import Wire, attach
 from launcher.compression.channel import Channel
-from launcher.compression.links import Team
+from launcher.compression.links import Team, reduce_scatter
 from launcher.config.schema import Accumulate, Codec, CompressionConfig
 
 RATES = {"1gbit": 1e9, "100mbit": 1e8}
@@ -67,6 +67,7 @@ ALONE = {
     "int8, error feedback": CompressionConfig(codec=Codec.int8, error_feedback=True),
     "int8": CompressionConfig(codec=Codec.int8),
 }
+_TORCH_SHARDED = {"torch, FP32": torch.float32, "torch, FP16": torch.float16, "torch, BF16": torch.bfloat16}
 _WARM_UP_STEPS = 3
 _ONE_BUCKET_MIB = 1000
 """With more than one, torch's PowerSGD crashes on gloo: its second collectives start in another order on each rank."""
@@ -117,6 +118,25 @@ def _alone(name: str, flat: Tensor) -> Callable[[], None]:
     return step
 
 
+def _sharded(name: str, flat: Tensor) -> Callable[[], None]:
+    """One reduce-scatter, as FSDP2 makes it: torch's own in 16 bits, or ours."""
+    world_size = dist.get_world_size()
+    if name in _TORCH_SHARDED:
+        source = flat.to(_TORCH_SHARDED[name])
+        target = torch.empty(flat.numel() // world_size, dtype=source.dtype)
+        return lambda: reduce_scatter(target, source, op=dist.ReduceOp.SUM)
+    wire = Wire(flat.device)
+    channel = Channel(Team(dist.group.WORLD, flat.device), ALONE[name], wire, "benchmark")
+    shard = torch.empty(flat.numel() // world_size)
+
+    def step() -> None:
+        wire.begin(torch.ones(()))
+        channel.run_shard_mean(0, flat, shard, None)
+        wire.conclude(torch.zeros(()))
+
+    return step
+
+
 def be_rank(rank: int, world_size: int, address: str, names: list[str], rounds: int, steps: int, out: str) -> None:
     """One worker's life; rank 0 writes what was measured."""
     torch.set_num_threads(1)
@@ -137,8 +157,13 @@ def be_rank(rank: int, world_size: int, address: str, names: list[str], rounds: 
             step = _alone(name, flat)
             _measured(step, 1)
             alone[name] = [_measured(step, steps) for _ in range(max(1, rounds // 2))]
+    sharded = {}
+    for name in (*_TORCH_SHARDED, *ALONE):
+        step = _sharded(name, flat[: flat.numel() // world_size * world_size])
+        _measured(step, 1)
+        sharded[name] = [_measured(step, steps) for _ in range(max(1, rounds // 2))]
     if rank == 0:
-        Path(out).write_text(json.dumps({"steps": measured, "alone": alone}))
+        Path(out).write_text(json.dumps({"steps": measured, "alone": alone, "sharded": sharded}))
     dist.destroy_process_group()
 
 
@@ -176,6 +201,22 @@ def _rows(found: dict[str, Any], names: list[str], rate: str) -> list[list[objec
     return rows
 
 
+def _sharded_rows(found: dict[str, Any]) -> list[list[object]]:
+    """Bytes relative to torch's reduce-scatter of the same type (int8: of FP16)."""
+    rows: list[list[object]] = []
+    medians = {
+        name: [statistics.median(column) for column in zip(*values, strict=True)]
+        for name, values in found["sharded"].items()
+    }
+    for name, (seconds, sent) in medians.items():
+        reference = "torch, FP32" if "FP32" in name else "torch, BF16" if "bf16" in name else "torch, FP16"
+        base_seconds, base_sent = medians[reference]
+        rows.append(
+            [name, f"{1e3 * seconds:.0f}", seconds / base_seconds, f"{sent / 1e6:.1f}", sent / base_sent, reference]
+        )
+    return rows
+
+
 def main() -> None:
     """Print a table for each link and number of workers."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -197,6 +238,9 @@ def main() -> None:
             header = ["", "ms a step", "of torch FP32", "MB sent", "of torch FP32", "link used by the reduction alone"]
             title = f"A step of DDP, {rate}/s between 2 hosts with {ranks_per_host} worker(s) each"
             print_table(title, header, _rows(found, names, rate))
+            header = ["", "ms", "relative", "MB sent", "relative", "to"]
+            title = f"One reduce-scatter, as under fsdp, {rate}/s, {ranks_per_host} worker(s) on each of 2 hosts"
+            print_table(title, header, _sharded_rows(found))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the host only enqueues.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections import deque
@@ -23,6 +24,7 @@ from launcher.compression.pipeline import Chunk, Pipeline
 __all__ = ["Courier", "Errand", "build_courier"]
 
 _Future: Any = torch.futures.Future
+_STOP_SECONDS = 5.0
 
 
 @dataclass
@@ -86,11 +88,11 @@ class _StreamCourier:
 
 
 class _ThreadCourier:
-    """In a thread that lives as long as the process, started with the first errand."""
+    """In a thread that is started with the first errand, and ends before the interpreter does."""
 
     def __init__(self, pipeline: Callable[[], Pipeline[Any]]) -> None:
         self._make_pipeline = pipeline
-        self._errands: queue.SimpleQueue[Errand] = queue.SimpleQueue()
+        self._errands: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def take(self, errand: Errand) -> Any:
@@ -98,9 +100,16 @@ class _ThreadCourier:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="gradient-courier", daemon=True)
             self._thread.start()
+            atexit.register(self._stop)
         errand.future = _Future()
         self._errands.put(errand)
         return errand.future
+
+    def _stop(self) -> None:
+        """A thread that wakes while the interpreter is taken down ends the process with an abort."""
+        assert self._thread is not None
+        self._errands.put(None)
+        self._thread.join(_STOP_SECONDS)
 
     def _work(self) -> None:
         """Until the process ends; after a failure every errand fails in the same way."""
@@ -112,7 +121,10 @@ class _ThreadCourier:
                 for errand in taken:
                     if not errand.future.done():
                         errand.future.set_exception(failure)
-                taken = [self._errands.get()]
+                following = self._errands.get()
+                if following is None:
+                    return
+                taken = [following]
 
     def _run(self, pipeline: Pipeline[Any], taken: list[Errand]) -> None:
         """Look for new errands before waiting for chunks under way; adds those not yet done to ``taken``."""
@@ -120,6 +132,8 @@ class _ThreadCourier:
         while True:
             while not self._errands.empty() or (pipeline.is_idle and not chunks):
                 errand = self._errands.get()
+                if errand is None:
+                    return
                 taken[:] = [other for other in taken if not other.future.done()] + [errand]
                 chunks.extend(errand.counted())
             if chunks and pipeline.has_room:

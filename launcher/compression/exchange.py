@@ -32,7 +32,7 @@ from launcher.compression.terms import StepTerms
 __all__ = ["Exchange", "Sizes"]
 
 _LARGEST_TAG = 1 << 30
-_LEAST_CHUNKS = 4
+_LEAST_CHUNKS = 2
 """Of a tensor that is not small: what one chunk waits for, another uses."""
 _HOST, _SCATTER, _GATHER, _SHARE = range(4)
 

@@ -257,6 +257,11 @@ def _warnings(config: RunConfig) -> Iterator[str]:
         )
     if config.compression.codec is not Codec.none and world_size(config) == 1:
         yield f"compression={config.compression.codec.value} has no effect: one worker sends no gradients."
+    elif _compresses_one_replica(config):
+        yield (
+            f"compression={config.compression.codec.value} has no effect between replicas: there is one. "
+            "Use a smaller parallel.shard_size, or compression.axis=all."
+        )
     if train.max_steps is not None and schedule.warmup_steps >= train.max_steps:
         yield (
             f"schedule.warmup_steps={schedule.warmup_steps} is not below train.max_steps={train.max_steps}: "
@@ -264,6 +269,13 @@ def _warnings(config: RunConfig) -> Iterator[str]:
         )
     if schedule.decay is Decay.constant and schedule.final_fraction != 0.0:
         yield f"schedule.final_fraction={schedule.final_fraction} has no effect with schedule=constant."
+
+
+def _compresses_one_replica(config: RunConfig) -> bool:
+    compression = config.compression
+    if compression.codec is Codec.none or config.parallel.strategy is not Strategy.hsdp:
+        return False
+    return compression.axis is not Axis.all and world_size(config) == shard_ranks(config)
 
 
 def _shown(value: object) -> str:

@@ -46,7 +46,7 @@ def test_there_are_commands_to_check() -> None:
 
 
 def test_the_readmes_own_job_trains(start: Callable[..., Command], tmp_path: Path) -> None:
-    (source,) = blocks("python")
+    source, _ = blocks("python")
     (experiment,) = blocks("yaml")
     (tmp_path / "own_job.py").write_text(source)
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
@@ -54,3 +54,17 @@ def test_the_readmes_own_job_trains(start: Callable[..., Command], tmp_path: Pat
     command = start(["+experiment=own"], tmp_path)
     assert command.wait() == 0, command.errors
     assert "finished: step 79" in command.output
+
+
+def test_the_readmes_own_loop_trains_with_compressed_gradients(tmp_path: Path) -> None:
+    _, source = blocks("python")
+    (tmp_path / "loop.py").write_text(source)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "loop.py"]
+    completed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert completed.returncode == 0, completed.stderr
+    found = re.findall(r"rank \d: loss ([\d.]+), (\d+) bytes", completed.stdout)
+    assert len(found) == 2
+    values = 64 * 256 + 256 + 256 + 1
+    for loss, sent in found:
+        assert float(loss) < 0.2
+        assert values < int(sent) / 20 < values * 1.05, "a byte a value, and the scales"
