@@ -1,16 +1,18 @@
 """The folder of a run's checkpoints: which there are, which is the newest valid one, and how one becomes one.
 
 ``step-00000100.partial/`` is being written, ``step-00000100/`` has been committed by one rename, and
-``step-00000100.damaged-…/`` has been set aside. Plain Python: nothing here needs torch or other ranks.
+``step-00000100.set-aside-…/`` has been set aside. Plain Python: nothing here needs torch or other ranks.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import secrets
 import stat
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -142,7 +144,7 @@ class CheckpointStore:
 
     def newest_valid(self, verify: Verify, trust_shared: bool = False) -> Found:
         """The checkpoint that a run would go on from; see ``Checkpoint.problem`` for the arguments."""
-        passed_over = []
+        passed_over: list[tuple[Path, str]] = []
         for checkpoint in self.candidates():
             problem = checkpoint.problem(verify, trust_shared)
             if problem is None:
@@ -171,7 +173,7 @@ class CheckpointStore:
         Checkpoint(partial, manifest.step).check_entries(trust_shared=True)
         sync_folder(partial)
         if final.exists():  # one that was passed over, or the run would not have come here again
-            self.set_aside(Checkpoint(final, manifest.step))
+            self.set_aside(final)
         os.rename(partial, final)
         sync_folder(self.directory)
         return Checkpoint(final, manifest.step)
@@ -180,11 +182,10 @@ class CheckpointStore:
         """Forget what has been written so far."""
         remove_tree(self.partial(step))
 
-    def set_aside(self, checkpoint: Checkpoint) -> Path:
-        """Rename a checkpoint so that it is none any more, and can still be looked at. Raises OSError."""
-        aside = checkpoint.path.with_name(f"{checkpoint.path.name}.damaged-{secrets.token_hex(2)}")
-        os.rename(checkpoint.path, aside)
-        return aside
+    def set_aside(self, path: Path) -> None:
+        """Rename a checkpoint so that it is none any more, and can still be looked at; if that is possible."""
+        with suppress(OSError):
+            os.rename(path, path.with_name(f"{path.name}.set-aside-{secrets.token_hex(2)}"))
 
     def clean(self) -> None:
         """Remove what earlier attempts have left half-written or half-removed."""
@@ -220,7 +221,7 @@ def _best(candidates: Sequence[Checkpoint], metric: str, highest: bool) -> list[
             value = (checkpoint.manifest.validation or {}).get(metric)
         except DamagedError:
             continue
-        if isinstance(value, (int, float)) and value == value:
+        if isinstance(value, (int, float)) and not math.isnan(value):
             values.append((-value if highest else value, checkpoint.step))
     return [step for _, step in sorted(values)]
 

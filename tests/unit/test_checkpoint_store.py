@@ -159,13 +159,13 @@ def test_a_commit_replaces_a_checkpoint_that_was_passed_over_and_keeps_it_aside(
     found = store.newest_valid(Verify.full)
     assert found.checkpoint is not None
     assert found.passed_over == ()
-    assert [path.name[:21] for path in store.directory.iterdir() if "damaged" in path.name] == ["step-00000010.damaged"]
+    assert [path.name[:23] for path in store.directory.iterdir() if "aside" in path.name] == ["step-00000010.set-aside"]
 
 
 def test_a_commit_whose_files_are_not_all_there_is_none(store: CheckpointStore) -> None:
     save(store, 10)
     store.begin(20)
-    with pytest.raises(DamagedError, match="rank-3.pt is missing"):
+    with pytest.raises(DamagedError, match=r"rank-3\.pt is missing"):
         store.commit(manifest(20), {"rank-3.pt": FileRecord(1, "00")})
     found = store.newest_valid(Verify.full)
     assert found.checkpoint is not None
