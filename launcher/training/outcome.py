@@ -45,12 +45,6 @@ class StepNumbers:
     """Steps applied so far, this one included if it was."""
     stop: bool
     """Whether any rank has voted to stop."""
-    save_votes: int
-    """Ranks whose clock says that it is time for a checkpoint."""
-    done_votes: int
-    """Ranks whose part of the checkpoint that is being written is done."""
-    failed_votes: int
-    """Ranks that could not write theirs."""
     digests: tuple[float, ...]
     """Each rank's digest of its state before the step."""
     wire_bytes: int
@@ -60,6 +54,12 @@ class StepNumbers:
     do not measure it, and where nothing is encoded."""
     origins: tuple[int, ...]
     """Ranks whose own gradients were not finite, before the wire; empty if nobody has looked."""
+    save_votes: int = 0
+    """Ranks whose clock says that it is time for a checkpoint."""
+    done_votes: int = 0
+    """Ranks whose part of the checkpoint that is being written is done."""
+    failed_votes: int = 0
+    """Ranks that could not write theirs."""
 
 
 @dataclass(frozen=True)

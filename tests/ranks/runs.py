@@ -45,7 +45,8 @@ def launch(folder: Path, *overrides: str, workers: int = 2, job: str = "padded_j
     number = len(list(folder.iterdir())) if folder.exists() else 0
     project = folder / f"project {number}"
     project.mkdir(parents=True)
-    shutil.copy(HERE / f"{job}.py", project)
+    for name in {"padded_job", job}:
+        shutil.copy(HERE / f"{name}.py", project)
     arguments = [f"cluster.processes_per_node={workers}", "run_dir=run", "device=cpu", *overrides]
     completed = subprocess.run(
         [sys.executable, "-m", "launcher", *arguments],
