@@ -188,7 +188,7 @@ def test_every_sample_is_used_once_per_epoch_across_a_change_of_workers_and_batc
     for epoch in range(len(seen) // num_samples):
         assert sorted(seen[epoch * num_samples : (epoch + 1) * num_samples]) == list(range(num_samples))
     data = TrainingData(AnyJob(dataset), dataset, after, rank=0, seed=0)
-    (first,) = [batch for batch, _ in zip(data.micro_batches(range(steps, steps + 1), 0, False, offset), [0])]
+    first = next(data.micro_batches(range(steps, steps + 1), 0, False, offset))
     assert [index for index, *_ in first] == seen[used : used + after.micro_batch_size]
 
 
