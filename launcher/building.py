@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from launcher.checkpoint import CheckpointStore, Found, Manifest
+from launcher.checkpoint.finding import find_newest_valid
+from launcher.checkpoint.saver import Saver
+from launcher.config.files import to_yaml
 from launcher.config.instantiate import build_job, build_optimizer, optimizer_factory
 from launcher.config.rules import accumulation_steps, shard_ranks
-from launcher.config.schema import Dtype, RunConfig, Strategy
+from launcher.config.schema import BestMode, Dtype, RunConfig, Strategy
 from launcher.environment import Ranks
 from launcher.errors import JobError
 from launcher.job import Job
@@ -24,8 +31,10 @@ from launcher.precision import (
     build_loss_scale,
     is_elementwise,
 )
-from launcher.training.batches import BatchShape, TrainingData, checked_dataset, derived_seed
+from launcher.training.batches import BatchShape, checked_dataset, derived_seed, training_data
+from launcher.training.checkpointing import Checkpoints, NoCheckpoints, RunCheckpoints
 from launcher.training.loop import Trainer, total_steps
+from launcher.training.progress import Identity, Progress, resumed
 from launcher.training.schedule import Schedule
 from launcher.training.step import Learner
 from launcher.training.stop import StopRequest
@@ -41,6 +50,7 @@ def build_trainer(
     ranks: Ranks,
     stop: StopRequest,
     report_to: Callable[[RunFacts], Reporter],
+    checkpoints: Path,
 ) -> Trainer:
     """Build everything; collective.
 
@@ -50,9 +60,11 @@ def build_trainer(
         ranks: where this process stands.
         stop: the request to stop that the loop looks at.
         report_to: makes this rank's reporter.
+        checkpoints: the folder of the run's checkpoints; the newest valid one is gone on from.
 
     Raises:
         JobError: the job's model or data cannot be used.
+        CheckpointError: there are checkpoints, and none can be used.
     """
     train = config.train
     assert train.micro_batch_size is not None
@@ -60,10 +72,18 @@ def build_trainer(
     dataset = checked_dataset(job, "train")
     assert dataset is not None
     shape = BatchShape(train.micro_batch_size, accumulation_steps(config, ranks.world_size), ranks.world_size)
-    data = TrainingData(job, dataset, shape, ranks.rank, config.seed)
-    steps = total_steps(train, shape.global_batch_size, data.num_samples)
+    data = training_data(job, dataset, shape, ranks.rank, config.seed)
+    store = CheckpointStore(checkpoints)
+    found = _find(store, config, ranks)
+    done = found.checkpoint.manifest if found.checkpoint is not None else None
+    before = (done.step, done.samples) if done is not None else (0, 0)
+    steps = total_steps(train, shape.global_batch_size, data.num_samples, *before)
     learner = build_learner(config, job, device, ranks, shape, steps)
-    _seed_everything(derived_seed(config.seed, "rank", ranks.rank))
+    _seed_everything(derived_seed(config.seed, "rank", ranks.rank, *before[:1]))
+    identity = _identity(config, ranks)
+    progress, notes = Progress(), list[str]()
+    if found.checkpoint is not None:
+        progress, notes = resumed(learner, data, identity, found.checkpoint)
     facts = RunFacts(
         config=config,
         total_steps=steps,
@@ -71,7 +91,11 @@ def build_trainer(
         num_samples=data.num_samples,
         device=device,
         hosts=_all_hosts(ranks),
+        sample_offset=progress.offset,
     )
+    reporter = report_to(facts)
+    if found.checkpoint is not None:
+        _report_resume(reporter, found, notes)
     return Trainer(
         learner=learner,
         data=data,
@@ -79,9 +103,12 @@ def build_trainer(
         config=train,
         loss_scale=config.precision.loss_scale,
         total_steps=steps,
-        reporter=report_to(facts),
+        reporter=reporter,
         stop=stop,
         hosts=facts.hosts,
+        identity=identity,
+        progress=progress,
+        checkpoints=_checkpoints(store, config, device, ranks, reporter, progress, done),
     )
 
 
@@ -123,6 +150,66 @@ def build_learner(
         accumulation_steps=shape.accumulation_steps,
         measure_every=config.train.log_every,
     )
+
+
+def _find(store: CheckpointStore, config: RunConfig, ranks: Ranks) -> Found:
+    """The checkpoint to go on from; newer ones that cannot be used are set aside. Collective."""
+    if not config.checkpoint.enabled:
+        return Found(None)
+    trust = config.checkpoint.trust_shared_directory
+    found = find_newest_valid(store, config.checkpoint.verify, trust, ranks.rank, ranks.world_size)
+    if ranks.rank == 0:
+        store.clean()
+        for path, _ in found.passed_over:
+            store.set_aside(path)
+    return found
+
+
+def _report_resume(reporter: Reporter, found: Found, notes: list[str]) -> None:
+    assert found.checkpoint is not None
+    reporter.event(
+        "resume",
+        step=found.checkpoint.step,
+        path=f"{found.checkpoint.path.parent.name}/{found.checkpoint.path.name}",
+        passed_over=[f"{path.name}: {reason}" for path, reason in found.passed_over],
+        notes=notes,
+    )
+
+
+def _identity(config: RunConfig, ranks: Ranks) -> Identity:
+    return Identity(
+        strategy=config.parallel.strategy.value,
+        dtype=config.precision.dtype.value,
+        config_digest=hashlib.sha256(to_yaml(config).encode()).hexdigest(),
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+
+
+def _checkpoints(
+    store: CheckpointStore,
+    config: RunConfig,
+    device: torch.device,
+    ranks: Ranks,
+    reporter: Reporter,
+    progress: Progress,
+    done: Manifest | None,
+) -> Checkpoints:
+    settings = config.checkpoint
+    if not settings.enabled:
+        return NoCheckpoints()
+    highest = settings.best_mode is BestMode.max
+    saver = Saver(
+        store,
+        ranks.rank,
+        ranks.world_size,
+        device,
+        settings.asynchronous,
+        prune=partial(store.prune, settings.keep, settings.keep_best, settings.best_metric, highest),
+    )
+    last_step = done.step if done is not None else None
+    return RunCheckpoints(saver, settings, reporter, ranks.rank, last_step=last_step, best=progress.best)
 
 
 def _all_hosts(ranks: Ranks) -> tuple[str, ...]:

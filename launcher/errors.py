@@ -5,10 +5,12 @@
     TMinusError
     ├── RequestError (ValueError)      the request was wrong: one message, exit code 2
     │   ├── ConfigurationError         a value, a key, a combination of values
-    │   └── JobError                   the user's job does not fit (a missing method, a bad return value)
+    │   ├── JobError                   the user's job does not fit (a missing method, a bad return value)
+    │   └── CheckpointError            what is to be loaded is damaged, or is not of this model
     └── TrainingError (RuntimeError)   the request was right, training failed: exit code 1
         ├── DivergenceError            the numbers cannot be trained on (loss scale at its floor, a NaN loss)
-        └── DesynchronisedError        one rank's state has parted from the others'
+        ├── DesynchronisedError        one rank's state has parted from the others'
+        └── CheckpointWriteError       a checkpoint could not be written, and checkpoint.on_failure=stop
 
 A message names the bad value, the valid ones, and what to do next. Errors that only
 a mistake of ours can cause are ``assert`` statements and do not belong here.
@@ -21,6 +23,8 @@ __all__ = [
     "EXIT_FINISHED",
     "EXIT_REQUEST",
     "EXIT_RESUMABLE",
+    "CheckpointError",
+    "CheckpointWriteError",
     "ConfigurationError",
     "DesynchronisedError",
     "DivergenceError",
@@ -53,6 +57,10 @@ class JobError(RequestError):
     """The user's job lacks a method, or returned something that it must not."""
 
 
+class CheckpointError(RequestError):
+    """A checkpoint that is to be loaded is damaged, cannot be trusted, or is not of this model."""
+
+
 class TrainingError(TMinusError, RuntimeError):
     """Training cannot go on."""
 
@@ -63,3 +71,7 @@ class DivergenceError(TrainingError):
 
 class DesynchronisedError(TrainingError):
     """A rank's step count, loss scale or schedule has parted from the others'."""
+
+
+class CheckpointWriteError(TrainingError):
+    """A checkpoint could not be written, and the run is configured to stop then."""

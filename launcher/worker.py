@@ -113,7 +113,7 @@ class _Life:
         started = time.time()
         config = load_config(self._run.config)
         device = _enter_group(config, self._ranks)
-        self._trainer = build_trainer(config, device, self._ranks, self._stop, self._report_to)
+        self._trainer = build_trainer(config, device, self._ranks, self._stop, self._report_to, self._run.checkpoints)
         outcome = self._trainer.train()
         digest = parameters_digest(self._trainer.learner.model.module)
         if self._ranks.rank == 0:

@@ -67,6 +67,7 @@ def check(config: RunConfig, num_gpus: int) -> list[str]:
         *_loss_scale(config),
         *_optimizer(config),
         *_schedule(config),
+        *_checkpoint(config),
     ]
     if problems:
         raise ConfigurationError("\n".join(problems))
@@ -243,6 +244,14 @@ def _schedule(config: RunConfig) -> Iterator[str]:
         yield f"schedule.final_fraction={schedule.final_fraction} must lie between 0 and 1."
 
 
+def _checkpoint(config: RunConfig) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    yield from _at_least("checkpoint.every_steps", checkpoint.every_steps, 1)
+    yield from _positive("checkpoint.every_minutes", checkpoint.every_minutes)
+    yield from _at_least("checkpoint.keep", checkpoint.keep, 1)
+    yield from _at_least("checkpoint.keep_best", checkpoint.keep_best, 0)
+
+
 def _warnings(config: RunConfig) -> Iterator[str]:
     precision, train, schedule = config.precision, config.train, config.schedule
     if precision.dtype is Dtype.float16 and not precision.loss_scale.enabled:
@@ -266,6 +275,14 @@ def _warnings(config: RunConfig) -> Iterator[str]:
         yield (
             f"schedule.warmup_steps={schedule.warmup_steps} is not below train.max_steps={train.max_steps}: "
             "the learning rate never leaves its warm-up."
+        )
+    checkpoint = config.checkpoint
+    if not checkpoint.enabled:
+        yield "checkpoint.enabled=false: a run that stops or fails is lost, and nothing can be exported from it."
+    elif checkpoint.every_steps is None and checkpoint.every_minutes is None:
+        yield (
+            "checkpoint.every_steps and checkpoint.every_minutes are both null: only a request to stop and the end of "
+            "the run save anything; whatever kills it costs all of it."
         )
     if schedule.decay is Decay.constant and schedule.final_fraction != 0.0:
         yield f"schedule.final_fraction={schedule.final_fraction} has no effect with schedule=constant."

@@ -14,6 +14,8 @@ from typing import Any
 __all__ = [
     "Accumulate",
     "Axis",
+    "BestMode",
+    "CheckpointConfig",
     "ClusterConfig",
     "Codec",
     "CompressionConfig",
@@ -22,6 +24,7 @@ __all__ = [
     "Device",
     "Dtype",
     "LossScaleConfig",
+    "OnFailure",
     "ParallelConfig",
     "PrecisionConfig",
     "RunConfig",
@@ -29,6 +32,7 @@ __all__ = [
     "Strategy",
     "TrackingConfig",
     "TrainConfig",
+    "Verify",
     "Wrap",
 ]
 
@@ -107,6 +111,27 @@ class ConsoleStyle(str, Enum):
     live = "live"
     plain = "plain"
     off = "off"
+
+
+class Verify(str, Enum):
+    """How a checkpoint is looked at before it is loaded."""
+
+    full = "full"
+    sizes = "sizes"
+
+
+class OnFailure(str, Enum):
+    """What a run does when a checkpoint could not be written."""
+
+    proceed = "continue"
+    stop = "stop"
+
+
+class BestMode(str, Enum):
+    """Which of two values of a metric is the better one."""
+
+    min = "min"
+    max = "max"
 
 
 @dataclass(kw_only=True)
@@ -228,6 +253,37 @@ class ScheduleConfig:
 
 
 @dataclass(kw_only=True)
+class CheckpointConfig:
+    """When the state of a run is saved, how many checkpoints are kept, and how they are trusted. Whatever these say,
+    a run that is asked to stop saves after the step at which all ranks have stopped, and so does one that ends."""
+
+    enabled: bool = True
+    """false: nothing is saved, and nothing is looked for: a run that stops is lost."""
+    every_steps: int | None = None
+    """Steps between two checkpoints; null: by the clock alone."""
+    every_minutes: float | None = 10.0
+    """Minutes between two checkpoints; null: by steps alone."""
+    keep: int = 2
+    """The newest checkpoints that are kept."""
+    keep_best: int = 0
+    """The best checkpoints that are kept beside them. Above 0, a validation that is the best so far is saved too."""
+    best_metric: str = "loss"
+    """The validation metric that they are judged by."""
+    best_mode: BestMode = BestMode.min
+    """Whether its lowest (min) or highest (max) value is the best."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while training goes on; false: training waits for the disk."""
+    verify: Verify = Verify.full
+    """Before loading. full: read every byte and compare its digest. sizes: look only at which files there are, and
+    at their sizes: faster on huge checkpoints, and blind to a flipped bit."""
+    on_failure: OnFailure = OnFailure.proceed
+    """When a checkpoint could not be written. continue: say so and train on; the former checkpoints stay. stop: end
+    the run with exit code 1."""
+    trust_shared_directory: bool = False
+    """Load checkpoints from folders that another user could have written into."""
+
+
+@dataclass(kw_only=True)
 class ClusterConfig:
     """Where the processes come from."""
 
@@ -277,6 +333,8 @@ class RunConfig:
     """_target_ (a torch.optim.Optimizer), lr and its other arguments."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The learning rate over time."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is saved when, and what is kept."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Where the processes come from."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -60,11 +60,13 @@ class RunFacts:
     config: RunConfig
     total_steps: int
     global_batch_size: int
-    num_samples: int
-    """In the training dataset."""
+    num_samples: int | None
+    """In the training dataset; None where nobody knows."""
     device: torch.device
     hosts: tuple[str, ...]
     """Each rank's."""
+    sample_offset: int = 0
+    """Samples used up to a step, minus its number times the global batch size."""
 
 
 class Reporter:
@@ -100,12 +102,12 @@ class RunReporter(Reporter):
     def step(self, numbers: Numbers, timing: StepTiming) -> None:
         """A line, a sign of life on the console, and now and then the status."""
         facts = self._facts
-        samples = numbers.step * facts.global_batch_size
+        samples = numbers.step * facts.global_batch_size + facts.sample_offset
         line = {
             "step": numbers.step,
             "applied_steps": numbers.applied_steps,
             "samples": samples,
-            "epoch": samples / facts.num_samples,
+            "epoch": samples / facts.num_samples if facts.num_samples else None,
             "loss": numbers.loss,
             "grad_norm": numbers.grad_norm,
             "loss_scale": numbers.loss_scale,

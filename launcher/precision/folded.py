@@ -49,6 +49,7 @@ class FoldedOptimizer:
         self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.folds = _folds(optimizer)
         """Whether one pass does everything, with no wait for the device."""
+        _materialise_moments(optimizer)
         if self.folds:
             _materialise_momentum(optimizer)
         else:
@@ -111,6 +112,22 @@ def _folds(optimizer: torch.optim.Optimizer) -> bool:
     # SGD's first step sets momentum to the gradient itself, and an overflow then leaves it unwritten;
     # starting it at zero is the same only without dampening.
     return not any(group.get("momentum", 0) and group.get("dampening", 0) for group in optimizer.param_groups)
+
+
+def _materialise_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give Adam its state now, as its first step would: zeros, and no step counted.
+
+    A checkpoint of a run whose steps were all skipped is then like any other, and memory is reserved at the start.
+    """
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        on_device = group["capturable"] or group["fused"]
+        for parameter in filter(lambda one: one.requires_grad, group["params"]):
+            state = optimizer.state[parameter]
+            state["step"] = torch.zeros((), device=parameter.device if on_device else None)
+            for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
+                state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
 def _materialise_momentum(optimizer: torch.optim.Optimizer) -> None:

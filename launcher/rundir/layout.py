@@ -90,6 +90,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints, see ``checkpoint.CheckpointStore``."""
+        return self.path / "checkpoints"
+
+    @property
     def result(self) -> Path:
         """What a finished run came to."""
         return self.path / "result.json"

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,16 @@ from launcher.errors import JobError
 from launcher.job import Job
 from launcher.training.workers import leave_signals_to_parent
 
-__all__ = ["BatchShape", "SampleOrder", "TrainingData", "checked_dataset", "derived_seed"]
+__all__ = [
+    "BatchShape",
+    "Data",
+    "SampleOrder",
+    "TrainingData",
+    "checked_dataset",
+    "derived_seed",
+    "seeded",
+    "training_data",
+]
 
 
 def derived_seed(*parts: int | str) -> int:
@@ -73,13 +82,18 @@ class BatchShape:
 
 
 class _MicroBatches:
-    """The batch sampler: this rank's micro-batches from one step to another, as lists of (position, index)."""
+    """The batch sampler: this rank's micro-batches from one step to another, as lists of (position, index).
 
-    def __init__(self, order: SampleOrder, shape: BatchShape, rank: int, steps: range) -> None:
+    Args:
+        offset: samples used before step 0, had every step been of this shape; see ``TrainingData.micro_batches``.
+    """
+
+    def __init__(self, order: SampleOrder, shape: BatchShape, rank: int, steps: range, offset: int) -> None:
         self._order = order
         self._shape = shape
         self._rank = rank
         self._steps = steps
+        self._offset = offset
 
     def __len__(self) -> int:
         return len(self._steps) * self._shape.accumulation_steps
@@ -88,7 +102,8 @@ class _MicroBatches:
         for step in self._steps:
             for micro_batch in range(self._shape.accumulation_steps):
                 positions = self._shape.positions(step, micro_batch, self._rank)
-                yield [(position, self._order.sample(position)) for position in positions]
+                used = [position + self._offset for position in positions]
+                yield [(position, self._order.sample(position)) for position in used]
 
 
 class _SeededSamples(Dataset[Any]):
@@ -103,14 +118,14 @@ class _SeededSamples(Dataset[Any]):
 
     def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[Any]:
         indices = [index for _, index in places]
-        with _seeded(derived_seed(self._seed, "samples", places[0][0])):
+        with seeded(derived_seed(self._seed, "samples", places[0][0])):
             if hasattr(self._dataset, "__getitems__"):
                 return list(self._dataset.__getitems__(indices))
             return [self._dataset[index] for index in indices]
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Python's, torch's and NumPy's CPU generators, seeded inside and untouched outside."""
     import numpy
 
@@ -139,15 +154,45 @@ def checked_dataset(job: Job, split: str) -> Dataset[Any] | None:
             raise JobError(f"{name} returned None: there must be a dataset to train on.")
         return None
     if isinstance(dataset, IterableDataset):
-        raise JobError(
-            f"{name} returned an IterableDataset ({type(dataset).__name__}), whose place in the data cannot be "
-            "restored: return a map-style dataset, with __len__ and __getitem__."
-        )
+        missing = [method for method in ("state_dict", "load_state_dict") if not hasattr(dataset, method)]
+        if split != "train" or missing:
+            raise JobError(
+                f"{name} returned an IterableDataset ({type(dataset).__name__}) "
+                + (f"without {' and '.join(missing)}, whose" if split == "train" else "to validate on, whose")
+                + " place in the data cannot be restored: return a map-style dataset, with __len__ and __getitem__"
+                + (", or add these methods." if split == "train" else ".")
+            )
+        return dataset
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise JobError(f"{name} returned {type(dataset).__name__}: a dataset needs __len__ and __getitem__.")
     if len(dataset) == 0:
         raise JobError(f"{name} returned an empty dataset: there must be at least one sample.")
     return dataset
+
+
+class Data(Protocol):
+    """What the loop trains on."""
+
+    @property
+    def shape(self) -> BatchShape:
+        """Of a step."""
+
+    @property
+    def rank(self) -> int:
+        """Whose part it is."""
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples per epoch; None where nobody knows."""
+
+    def micro_batches(self, steps: range, num_data_workers: int, pin_memory: bool, offset: int = 0) -> Iterator[Any]:
+        """Collated micro-batches of ``steps``, ``accumulation_steps`` of them for each step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the steps and the offset do not say of this rank's place in the data."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of ``state_dict``."""
 
 
 @dataclass(frozen=True)
@@ -165,15 +210,39 @@ class TrainingData:
         """Samples per epoch."""
         return len(self.dataset)  # type: ignore[arg-type]  # checked_dataset has seen to it
 
-    def micro_batches(self, steps: range, num_data_workers: int, pin_memory: bool) -> Iterator[Any]:
-        """Collated micro-batches of ``steps``, ``accumulation_steps`` of them for each step."""
+    def micro_batches(self, steps: range, num_data_workers: int, pin_memory: bool, offset: int = 0) -> Iterator[Any]:
+        """Collated micro-batches of ``steps``, ``accumulation_steps`` of them for each step.
+
+        Args:
+            steps: which; the first uses the positions from ``steps.start · global batch size + offset`` on.
+            num_data_workers: processes that load; 0: this one.
+            pin_memory: for copies to a GPU.
+            offset: 0, unless earlier steps were of another global batch size.
+        """
         order = SampleOrder(self.num_samples, self.seed)
         loader = DataLoader(
             _SeededSamples(self.dataset, self.seed),
-            batch_sampler=_MicroBatches(order, self.shape, self.rank, steps),
+            batch_sampler=_MicroBatches(order, self.shape, self.rank, steps, offset),
             collate_fn=self.job.collate,
             num_workers=num_data_workers,
             pin_memory=pin_memory,
             worker_init_fn=leave_signals_to_parent,
+            generator=torch.Generator(),  # the loader draws a seed when it starts: not from the run's generators
         )
         return iter(loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the place in the data follows from the steps."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+def training_data(job: Job, dataset: Dataset[Any], shape: BatchShape, rank: int, seed: int) -> Data:
+    """What the loop trains on, whatever the kind of dataset."""
+    if isinstance(dataset, IterableDataset):
+        from launcher.training.streams import StreamedData
+
+        return StreamedData(job, dataset, shape, rank, seed)
+    return TrainingData(job, dataset, shape, rank, seed)

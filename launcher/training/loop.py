@@ -16,12 +16,15 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from launcher.checkpoint.snapshot import Snapshot
 from launcher.config.schema import LossScaleConfig, TrainConfig
-from launcher.errors import DesynchronisedError, DivergenceError
+from launcher.errors import DesynchronisedError, DivergenceError, JobError
 from launcher.observe import Reporter, StepTiming
 from launcher.precision import attribute
-from launcher.training.batches import TrainingData
+from launcher.training.batches import Data
+from launcher.training.checkpointing import Checkpoints, NoCheckpoints
 from launcher.training.outcome import StepNumbers, StepTicket
+from launcher.training.progress import Identity, Progress, take_snapshot
 from launcher.training.step import Learner, train_step
 from launcher.training.stop import StopRequest
 from launcher.training.validation import validate
@@ -42,12 +45,28 @@ class Outcome:
     """After the last step; None without a validation dataset, or if stopped."""
 
 
-def total_steps(config: TrainConfig, global_batch_size: int, num_samples: int) -> int:
-    """The steps of a run; those of ``max_epochs`` see every sample that often, the last one a few more."""
+def total_steps(
+    config: TrainConfig, global_batch_size: int, num_samples: int | None, step: int = 0, samples: int = 0
+) -> int:
+    """The steps of a run; those of ``max_epochs`` see every sample that often, the last one a few more.
+
+    Args:
+        config: says how long.
+        global_batch_size: from here on.
+        num_samples: in an epoch; None where nobody knows.
+        step, samples: made and used already.
+
+    Raises:
+        JobError: epochs are asked for, and nobody knows when one ends.
+    """
     if config.max_steps is not None:
         return config.max_steps
     assert config.max_epochs is not None
-    return -(-config.max_epochs * num_samples // global_batch_size)
+    if num_samples is None:
+        raise JobError(
+            f"train.max_epochs={config.max_epochs}, but the training data has no length: use train.max_steps."
+        )
+    return step + max(0, -(-(config.max_epochs * num_samples - samples) // global_batch_size))
 
 
 @dataclass
@@ -55,7 +74,7 @@ class Trainer:
     """One attempt at a run, on one rank."""
 
     learner: Learner
-    data: TrainingData
+    data: Data
     validation: Dataset[Any] | None
     config: TrainConfig
     loss_scale: LossScaleConfig
@@ -64,35 +83,54 @@ class Trainer:
     stop: StopRequest
     hosts: tuple[str, ...]
     """Each rank's."""
-    _consecutive_skips: int = field(default=0, init=False)
+    identity: Identity | None = None
+    """What checkpoints say of the run; None if there are none."""
+    progress: Progress = field(default_factory=Progress)
+    checkpoints: Checkpoints = field(default_factory=NoCheckpoints)
 
     def train(self) -> Outcome:
         """Run to the end, or to the step after which all ranks have agreed to stop."""
         learner = self.learner
-        stream = _TimedBatches(
-            self.data.micro_batches(
-                range(learner.steps, self.total_steps), self.config.num_data_workers, learner.device.type == "cuda"
-            )
-        )
+        stream = self._stream()
+        self.checkpoints.prepare(self._snapshot)
         pending: _Pending | None = None
         numbers: StepNumbers | None = None
-        validation: dict[str, float] | None = None
         while learner.steps < self.total_steps and not (numbers is not None and numbers.stop):
             started = time.perf_counter()
             data_seconds = stream.seconds
             micro_batches = islice(stream, learner.accumulation_steps)
-            ticket = train_step(learner, micro_batches, stop=self.stop.requested)
+            ticket = train_step(learner, micro_batches, self.stop.requested, self.checkpoints.votes)
             if pending is not None:
                 numbers = self._conclude(pending, ended=started)
             pending = _Pending(ticket, started, stream.seconds - data_seconds)
+            self.progress.validation = None
             if self._validates_after(learner.steps):
                 numbers, pending = self._conclude(pending), None
-                validation = self._validate()
+                self.progress.validation = self._validate()
+            if self._saves_now(numbers):
+                if pending is not None:
+                    numbers, pending = self._conclude(pending), None
+                self.checkpoints.save(learner.steps, self._snapshot)
         if pending is not None:
             numbers = self._conclude(pending)
-        assert numbers is not None
+        self.checkpoints.finish(learner.steps, self._snapshot)
         finished = learner.steps >= self.total_steps
-        return Outcome(finished, learner.steps, numbers.loss, validation if finished else None)
+        return Outcome(finished, learner.steps, self.progress.loss, self.progress.validation if finished else None)
+
+    def _stream(self) -> _TimedBatches:
+        steps, pin_memory = range(self.learner.steps, self.total_steps), self.learner.device.type == "cuda"
+        workers, offset = self.config.num_data_workers, self.progress.offset
+        return _TimedBatches(self.data.micro_batches(steps, workers, pin_memory, offset))
+
+    def _snapshot(self, best: float | None) -> Snapshot:
+        assert self.identity is not None
+        return take_snapshot(self.learner, self.data, self.identity, self.progress, best)
+
+    def _saves_now(self, numbers: StepNumbers | None) -> bool:
+        """The last step's state is saved in any case, after the loop."""
+        step = self.learner.steps
+        due = self.checkpoints.due(step, numbers, self.progress.validation)
+        return due and step < self.total_steps
 
     def _validates_after(self, step: int) -> bool:
         if self.validation is None:
@@ -117,6 +155,8 @@ class Trainer:
         if numbers.overflow:
             self._report_overflow(pending.ticket, numbers)
         self._check_progress(numbers)
+        self.progress.loss = numbers.loss
+        self.checkpoints.observe(numbers, self.learner.steps)
         return numbers
 
     def _report_overflow(self, ticket: StepTicket, numbers: StepNumbers) -> None:
@@ -154,8 +194,9 @@ class Trainer:
     def _check_progress(self, numbers: StepNumbers) -> None:
         """Raises DivergenceError after too many skipped steps that no lower loss scale can help."""
         at_floor = not self.loss_scale.enabled or numbers.loss_scale <= self.loss_scale.minimum
-        self._consecutive_skips = self._consecutive_skips + 1 if numbers.overflow and at_floor else 0
-        if self._consecutive_skips < self.loss_scale.patience:
+        skips = self.progress.consecutive_skips + 1 if numbers.overflow and at_floor else 0
+        self.progress.consecutive_skips = skips
+        if skips < self.loss_scale.patience:
             return
         floor = f", with the loss scale at its minimum ({self.loss_scale.minimum:g})" if self.loss_scale.enabled else ""
         if math.isfinite(numbers.loss):
@@ -169,7 +210,7 @@ class Trainer:
                 "or a logarithm of zero in the model, or a learning rate that has ruined the weights."
             )
         raise DivergenceError(
-            f"The last {self._consecutive_skips} steps, up to step {numbers.step}, were skipped because gradients were "
+            f"The last {skips} steps, up to step {numbers.step}, were skipped because gradients were "
             f"not finite{floor}. {diagnosis} metrics.jsonl names the parameters and ranks of each overflow."
         )
 

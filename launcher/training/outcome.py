@@ -54,6 +54,12 @@ class StepNumbers:
     do not measure it, and where nothing is encoded."""
     origins: tuple[int, ...]
     """Ranks whose own gradients were not finite, before the wire; empty if nobody has looked."""
+    save_votes: int = 0
+    """Ranks whose clock says that it is time for a checkpoint."""
+    done_votes: int = 0
+    """Ranks whose part of the checkpoint that is being written is done."""
+    failed_votes: int = 0
+    """Ranks that could not write theirs."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,8 @@ class StepTicket:
             rate_factor,
             applied_steps,
         )
-        packed = torch.cat([torch.stack([scalar.double() for scalar in scalars]), agreement.digests, agreement.origins])
+        numbers = torch.stack([scalar.double() for scalar in scalars])
+        packed = torch.cat([numbers, agreement.checkpoint_votes, agreement.digests, agreement.origins])
         if packed.device.type != "cuda":
             return cls(step, measured, agreement.norms, wire_bytes, packed, None)
         host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
@@ -109,7 +116,8 @@ class StepTicket:
         if self._copied is not None:
             self._copied.synchronize()
         numbers = self._host.tolist()
-        loss, items, stop, lost, encoded, grad_norm, found_inf, loss_scale, rate_factor, applied, *slots = numbers
+        loss, items, stop, lost, encoded, grad_norm, found_inf, loss_scale, rate_factor, applied, *rest = numbers
+        (save, done, failed), slots = rest[:3], rest[3:]
         digests, origins = slots[: len(slots) // 2], slots[len(slots) // 2 :]
         return StepNumbers(
             step=self.step,
@@ -120,6 +128,9 @@ class StepTicket:
             rate_factor=rate_factor,
             applied_steps=int(applied),
             stop=stop > 0,
+            save_votes=int(save),
+            done_votes=int(done),
+            failed_votes=int(failed),
             digests=tuple(digests),
             wire_bytes=self.wire_bytes,
             compression_error=math.sqrt(lost / encoded) if encoded > 0 else None,

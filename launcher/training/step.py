@@ -17,7 +17,7 @@ from torch import Tensor
 from launcher.errors import JobError
 from launcher.job import Job, LossOutput
 from launcher.parallel import ParallelModel
-from launcher.precision import Agreement, ControlCollective, FoldedOptimizer, LossScale, Sums
+from launcher.precision import NO_VOTES, Agreement, CheckpointVotes, ControlCollective, FoldedOptimizer, LossScale, Sums
 from launcher.training.outcome import StepTicket, Verdict
 from launcher.training.schedule import Schedule
 
@@ -58,13 +58,16 @@ class Learner:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
 
 
-def train_step(learner: Learner, micro_batches: Iterable[Any], stop: bool) -> StepTicket:
+def train_step(
+    learner: Learner, micro_batches: Iterable[Any], stop: bool, checkpoint: CheckpointVotes = NO_VOTES
+) -> StepTicket:
     """Attempt one optimizer step on this rank's micro-batches.
 
     Args:
         learner: changed in place.
         micro_batches: ``accumulation_steps`` collated batches.
         stop: whether this rank votes to stop after this step.
+        checkpoint: this rank's votes on checkpoints.
 
     Returns:
         A ticket for the step's numbers, which are still on the device.
@@ -87,6 +90,7 @@ def train_step(learner: Learner, micro_batches: Iterable[Any], stop: bool) -> St
         share=1.0 / learner.model.num_gradient_copies,
         origin=learner.model.probe.take() if learner.model.probe is not None else None,
         lost=wire.take_lost(),
+        checkpoint=checkpoint,
     )
     assert learner.expected_items is not None
     verdict = judge(agreement, loss_scale, learner.expected_items, learner.max_grad_norm)

@@ -52,6 +52,7 @@ def validate(
         collate_fn=learner.job.collate,
         num_workers=num_data_workers,
         worker_init_fn=leave_signals_to_parent,
+        generator=torch.Generator(),  # validating must not move the run's generators
     )
     names: list[str] | None = None
     totals = torch.zeros(0)

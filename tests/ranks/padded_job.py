@@ -28,9 +28,11 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, width: int, frozen: bool, unused: bool) -> None:
+    def __init__(self, width: int, frozen: bool, unused: bool, dropout: float) -> None:
         super().__init__()
         self.embedding = nn.Embedding(17, width)
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.blocks = nn.ModuleList(Block(width) for _ in range(2))
         self.norm = nn.LayerNorm(width)
         self.odd = nn.Parameter(torch.randn(3) * 0.1)  # fewer rows than some have ranks
@@ -40,7 +42,9 @@ class Model(nn.Module):
             self.unused = nn.Linear(3, 3)
 
     def forward(self, tokens):
-        x = self.embedding(tokens) + self.odd.sum()
+        if self.training:
+            self.seen += len(tokens)
+        x = self.dropout(self.embedding(tokens) + self.odd.sum())
         for block in self.blocks:
             x = block(x)
         return F.linear(self.norm(x), self.embedding.weight)
@@ -72,8 +76,9 @@ class Padded(Job):
         inject: str = "nothing",
         hashes: str | None = None,
         loss: str = "finite",
+        dropout: float = 0.0,
     ) -> None:
-        self.width, self.frozen, self.unused, self.loss = width, frozen, unused, loss
+        self.width, self.frozen, self.unused, self.loss, self.dropout = width, frozen, unused, loss, dropout
         self.inject_rank, self.inject_call, self.inject, self.hashes = inject_rank, inject_call, inject, hashes
         self.calls = 0
         if inject == "after":
@@ -82,7 +87,7 @@ class Padded(Job):
             _part_from_the_others(self)
 
     def build_model(self):
-        return Model(self.width, self.frozen, self.unused)
+        return Model(self.width, self.frozen, self.unused, self.dropout)
 
     def build_dataset(self, split):
         return Sequences(96 if split == "train" else 13)

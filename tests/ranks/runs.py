@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Run", "launch"]
+__all__ = ["Run", "continued", "launch", "resume"]
 
 HERE = Path(__file__).parent
 TIMEOUT_SECONDS = 120
@@ -44,7 +45,8 @@ def launch(folder: Path, *overrides: str, workers: int = 2, job: str = "padded_j
     number = len(list(folder.iterdir())) if folder.exists() else 0
     project = folder / f"project {number}"
     project.mkdir(parents=True)
-    shutil.copy(HERE / f"{job}.py", project)
+    for name in {"padded_job", job}:
+        shutil.copy(HERE / f"{name}.py", project)
     arguments = [f"cluster.processes_per_node={workers}", "run_dir=run", "device=cpu", *overrides]
     completed = subprocess.run(
         [sys.executable, "-m", "launcher", *arguments],
@@ -56,3 +58,29 @@ def launch(folder: Path, *overrides: str, workers: int = 2, job: str = "padded_j
         env={**os.environ, "PYTHONWARNINGS": "default"},
     )
     return Run(completed.returncode, completed.stdout + completed.stderr, project / "run")
+
+
+def continued(run: Run, step: int) -> Path:
+    """A copy of a run's project as it was right after the checkpoint of ``step``, results and later ones removed."""
+    copy = run.directory.parent.with_name(f"{run.directory.parent.name} from {step} {secrets.token_hex(2)}")
+    shutil.copytree(run.directory.parent, copy)
+    for checkpoint in (copy / "run" / "checkpoints").iterdir():
+        if int(checkpoint.name[5:13]) > step:
+            shutil.rmtree(checkpoint)
+    (copy / "run" / "result.json").unlink()
+    (copy / "run" / "metrics.jsonl").unlink()
+    return copy / "run"
+
+
+def resume(directory: Path, *overrides: str, workers: int = 2, attempt: int = 1) -> Run:
+    """Take a run directory up again with other settings."""
+    completed = subprocess.run(
+        [sys.executable, str(HERE / "resume.py"), str(directory), str(attempt), str(workers), *overrides],
+        cwd=directory.parent,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+        check=False,
+        env={**os.environ, "PYTHONWARNINGS": "default"},
+    )
+    return Run(completed.returncode, completed.stdout + completed.stderr, directory)

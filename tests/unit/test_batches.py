@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
@@ -162,6 +162,34 @@ def test_two_epochs_of_loading_see_every_sample_twice() -> None:
     shape = BatchShape(micro_batch_size=2, accumulation_steps=1, world_size=2)
     seen = Counter(index for rank in (0, 1) for batch in read(shape, range(5), 10, rank) for index, *_ in batch)
     assert seen == Counter(dict.fromkeys(range(10), 2))
+
+
+@given(SHAPES, SHAPES, st.integers(1, 30), st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_every_sample_is_used_once_per_epoch_across_a_change_of_workers_and_batch_size(
+    before: BatchShape, after: BatchShape, num_samples: int, steps: int
+) -> None:
+    used = steps * before.global_batch_size
+    offset = used - steps * after.global_batch_size
+    more = -(-2 * num_samples // after.global_batch_size)
+    dataset = Numbers(num_samples)
+    seen = [
+        index
+        for shape, span, shift in ((before, range(steps), 0), (after, range(steps, steps + more), offset))
+        for position in sorted(
+            position + shift
+            for step in span
+            for micro_batch in range(shape.accumulation_steps)
+            for rank in range(shape.world_size)
+            for position in shape.positions(step, micro_batch, rank)
+        )
+        for index in [SampleOrder(num_samples, 0).sample(position)]
+    ]
+    for epoch in range(len(seen) // num_samples):
+        assert sorted(seen[epoch * num_samples : (epoch + 1) * num_samples]) == list(range(num_samples))
+    data = TrainingData(AnyJob(dataset), dataset, after, rank=0, seed=0)
+    first = next(data.micro_batches(range(steps, steps + 1), 0, False, offset))
+    assert [index for index, *_ in first] == seen[used : used + after.micro_batch_size]
 
 
 def test_random_augmentation_does_not_depend_on_data_workers_or_on_where_reading_began() -> None:

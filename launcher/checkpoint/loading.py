@@ -1,0 +1,121 @@
+"""Reading a checkpoint whose bytes have been verified: any rank reads what it needs, with no collective.
+
+Nothing is unpickled outside of an allow-list: tensors and the ranks' own files by torch's ``weights_only``, DCP's
+metadata by ``layout``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+
+from launcher.checkpoint.layout import LAYOUT, read_layout
+from launcher.checkpoint.manifest import DamagedError
+from launcher.checkpoint.store import Checkpoint
+from launcher.errors import CheckpointError
+
+__all__ = ["TensorFacts", "rank_file", "read_private", "read_tensors", "tensor_facts"]
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """A saved tensor, whole."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class _Reader(FileSystemReader):
+    """torch's reader, with a layout that has been checked."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint.path)
+        self._checkpoint = checkpoint
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return _layout(self._checkpoint)
+
+
+def _layout(checkpoint: Checkpoint) -> Metadata:
+    try:
+        sizes = {name: record.size for name, record in checkpoint.manifest.files.items()}
+        if LAYOUT not in sizes:
+            raise DamagedError(f"{LAYOUT} is missing")
+        return read_layout(checkpoint.path / LAYOUT, sizes)
+    except DamagedError as damage:
+        raise CheckpointError(f"{checkpoint.path} cannot be loaded: {damage}.") from damage
+
+
+def tensor_facts(checkpoint: Checkpoint) -> dict[str, TensorFacts]:
+    """What tensors there are.
+
+    Raises:
+        CheckpointError: the layout cannot be trusted.
+    """
+    found = _layout(checkpoint).state_dict_metadata
+    return {
+        name: TensorFacts(value.size, value.properties.dtype)  # type: ignore[union-attr]  # tensors only
+        for name, value in found.items()
+    }
+
+
+def read_tensors(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
+    """Fill ``targets`` in place, each with what was saved under its name; of a DTensor this rank's shard.
+
+    Args:
+        checkpoint: verified.
+        targets: of the saved shapes; of any dtype, strategy and number of ranks.
+
+    Raises:
+        CheckpointError: something is not as the layout says.
+    """
+    # Inference on parameters: copy_ into a leaf that requires a gradient is refused otherwise.
+    state = {name: target.detach() for name, target in targets.items()}
+    reader = _Reader(checkpoint)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    metadata = reader.read_metadata()
+    try:
+        with torch.no_grad():
+            planner.set_up_planner(state, metadata, is_coordinator=True)
+            reader.set_up_storage_reader(metadata, is_coordinator=True)
+            plan = reader.prepare_local_plan(planner.create_local_plan())
+            (plan,) = planner.create_global_plan([plan])
+            reader.read_data(planner.finish_plan(plan), planner).wait()
+    except Exception as error:  # torch's own; a file of the right size may hold anything
+        raise CheckpointError(f"{checkpoint.path} cannot be loaded: {_first_line(error)}") from error
+
+
+def rank_file(rank: int) -> str:
+    """The name of a rank's own file."""
+    return f"rank-{rank}.pt"
+
+
+def read_private(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
+    """What a rank saved for itself; any rank may read any rank's.
+
+    Args:
+        checkpoint: verified.
+        rank: of the ranks that saved it.
+
+    Raises:
+        CheckpointError: it is not there, or holds more than tensors and plain values.
+    """
+    path = checkpoint.path / rank_file(rank)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be loaded: {_first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} cannot be loaded: it does not hold what a rank saves.")
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

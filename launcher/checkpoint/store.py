@@ -1,0 +1,236 @@
+"""The folder of a run's checkpoints: which there are, which is the newest valid one, and how one becomes one.
+
+``step-00000100.partial/`` is being written, ``step-00000100/`` has been committed by one rename, and
+``step-00000100.set-aside-…/`` has been set aside. Plain Python: nothing here needs torch or other ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from launcher.checkpoint.files import FOLDER_MODE, file_digest, remove_tree, sync_folder, writing
+from launcher.checkpoint.manifest import MANIFEST, DamagedError, FileRecord, Manifest
+from launcher.checkpoint.safety import writable_by_others
+from launcher.config.schema import Verify
+
+__all__ = ["Checkpoint", "CheckpointStore", "Found"]
+
+_COMMITTED = re.compile(r"step-(\d{8,})")
+_PARTIAL = re.compile(r"step-\d{8,}\.partial")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that claims to be a checkpoint."""
+
+    path: Path
+    step: int
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Its manifest, read once.
+
+        Raises:
+            DamagedError: there is none, or it is not what was written.
+        """
+        path = self.path / MANIFEST
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DamagedError(f"{MANIFEST} cannot be read ({error.strerror})") from error
+        manifest = Manifest.parse(data)
+        if manifest.step != self.step:
+            raise DamagedError(f"{MANIFEST} is that of step {manifest.step}")
+        return manifest
+
+    def problem(self, verify: Verify, trust_shared: bool = False) -> str | None:
+        """Why it must not be loaded, in words; None if it may.
+
+        Args:
+            verify: full reads every byte; sizes only looks at which files there are, and how long.
+            trust_shared: load what another user could have written.
+        """
+        try:
+            self.check_entries(trust_shared)
+            if verify is Verify.full:
+                self.check_digests(self.manifest.files)
+        except DamagedError as damage:
+            return str(damage)
+        except OSError as error:
+            return f"it cannot be read ({error.strerror}: {error.filename})"
+        return None
+
+    def check_entries(self, trust_shared: bool = False) -> None:
+        """Raises DamagedError unless exactly the files of the manifest are there, with their sizes; reads none."""
+        if not trust_shared:
+            _refuse_shared(self.path)
+        expected = self.manifest.files
+        there = set(os.listdir(self.path)) - {MANIFEST}
+        if missing := sorted(set(expected) - there):
+            raise DamagedError(f"{missing[0]} is missing{_more(missing)}")
+        if extra := sorted(there - set(expected)):
+            raise DamagedError(f"{extra[0]} does not belong to it{_more(extra)}")
+        for name in [MANIFEST, *sorted(expected)]:
+            path = self.path / name
+            found = os.lstat(path)
+            if not stat.S_ISREG(found.st_mode):
+                raise DamagedError(f"{name} is not a regular file")
+            if name != MANIFEST and found.st_size != expected[name].size:
+                raise DamagedError(f"{name} has {found.st_size} bytes instead of {expected[name].size}")
+            if not trust_shared:
+                _refuse_shared(path)
+
+    def check_digests(self, names: Iterable[str]) -> None:
+        """Raises DamagedError on the first of some files whose content is not what was written."""
+        for name in names:
+            if file_digest(self.path / name) != self.manifest.files[name].sha256:
+                raise DamagedError(f"{name} is damaged: its content is not what was written")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest valid checkpoint, and the newer ones that are not."""
+
+    checkpoint: Checkpoint | None
+    passed_over: tuple[tuple[Path, str], ...] = ()
+    """Newer ones, and why each must not be loaded."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        directory: their folder; it need not exist.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is once it is committed."""
+        return self.directory / f"step-{step:08d}"
+
+    def partial(self, step: int) -> Path:
+        """Where it is while it is written."""
+        return self.directory / f"step-{step:08d}.partial"
+
+    def candidates(self) -> list[Checkpoint]:
+        """What claims to be a checkpoint, newest first; nothing is verified."""
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return []
+        matches = filter(None, map(_COMMITTED.fullmatch, names))
+        found = [Checkpoint(self.directory / match[0], int(match[1])) for match in matches]
+        return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+
+    def newest_step(self) -> int | None:
+        """Of the newest whose manifest can be read; nothing else is verified."""
+        for checkpoint in self.candidates():
+            try:
+                return checkpoint.manifest.step
+            except DamagedError:
+                continue
+        return None
+
+    def newest_valid(self, verify: Verify, trust_shared: bool = False) -> Found:
+        """The checkpoint that a run would go on from; see ``Checkpoint.problem`` for the arguments."""
+        passed_over: list[tuple[Path, str]] = []
+        for checkpoint in self.candidates():
+            problem = checkpoint.problem(verify, trust_shared)
+            if problem is None:
+                return Found(checkpoint, tuple(passed_over))
+            passed_over.append((checkpoint.path, problem))
+        return Found(None, tuple(passed_over))
+
+    def begin(self, step: int) -> Path:
+        """A new, empty folder to write into. Raises OSError."""
+        self.directory.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        partial = self.partial(step)
+        remove_tree(partial)
+        partial.mkdir(mode=FOLDER_MODE)
+        return partial
+
+    def commit(self, manifest: Manifest, files: dict[str, FileRecord]) -> Checkpoint:
+        """Make a checkpoint of what has been written and synced: manifest, sync, rename, sync.
+
+        Raises:
+            WriteFailedError, OSError, DamagedError: it is none, and the former ones are as they were.
+        """
+        partial, final = self.partial(manifest.step), self.path(manifest.step)
+        manifest = replace(manifest, files=files)
+        with writing(partial / MANIFEST, {}) as file:
+            file.write(manifest.render())
+        Checkpoint(partial, manifest.step).check_entries(trust_shared=True)
+        sync_folder(partial)
+        if final.exists():  # one that was passed over, or the run would not have come here again
+            self.set_aside(final)
+        os.rename(partial, final)
+        sync_folder(self.directory)
+        return Checkpoint(final, manifest.step)
+
+    def discard(self, step: int) -> None:
+        """Forget what has been written so far."""
+        remove_tree(self.partial(step))
+
+    def set_aside(self, path: Path) -> None:
+        """Rename a checkpoint so that it is none any more, and can still be looked at; if that is possible."""
+        with suppress(OSError):
+            os.rename(path, path.with_name(f"{path.name}.set-aside-{secrets.token_hex(2)}"))
+
+    def clean(self) -> None:
+        """Remove what earlier attempts have left half-written or half-removed."""
+        if self.directory.exists():
+            for name in filter(_PARTIAL.fullmatch, os.listdir(self.directory)):
+                remove_tree(self.directory / name)
+
+    def prune(self, keep: int, keep_best: int, metric: str, highest: bool) -> list[Path]:
+        """Remove all but the ``keep`` newest and the ``keep_best`` best; returns what was removed.
+
+        The newest one always stays. A checkpoint is renamed before it is removed, so that a crash leaves no
+        half of one.
+        """
+        candidates = self.candidates()
+        kept = {checkpoint.step for checkpoint in candidates[: max(1, keep)]}
+        kept.update(_best(candidates, metric, highest)[:keep_best])
+        removed = []
+        for checkpoint in candidates:
+            if checkpoint.step not in kept:
+                doomed = self.partial(checkpoint.step)
+                remove_tree(doomed)
+                os.rename(checkpoint.path, doomed)
+                remove_tree(doomed)
+                removed.append(checkpoint.path)
+        return removed
+
+
+def _best(candidates: Sequence[Checkpoint], metric: str, highest: bool) -> list[int]:
+    """The steps of those that were validated, best first; of equals the earliest."""
+    values: list[tuple[float, int]] = []
+    for checkpoint in candidates:
+        try:
+            value = (checkpoint.manifest.validation or {}).get(metric)
+        except DamagedError:
+            continue
+        if isinstance(value, (int, float)) and not math.isnan(value):
+            values.append((-value if highest else value, checkpoint.step))
+    return [step for _, step in sorted(values)]
+
+
+def _refuse_shared(path: Path) -> None:
+    reason = writable_by_others(path)
+    if reason is not None:
+        raise DamagedError(f"{reason}; checkpoint.trust_shared_directory=true loads it all the same")
+
+
+def _more(names: Sequence[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""

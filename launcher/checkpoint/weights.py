@@ -1,0 +1,30 @@
+"""The weights of a checkpoint as one plain dict, in a single process: for exports and for starting from them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from launcher.checkpoint.loading import read_tensors, tensor_facts
+from launcher.checkpoint.store import Checkpoint
+
+__all__ = ["MODEL_PREFIX", "load_model_weights"]
+
+MODEL_PREFIX = "model."
+"""What the names of weights and buffers begin with among a checkpoint's tensors."""
+
+
+def load_model_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Every parameter, whole and in FP32, and every persistent buffer, by its name in the model; on the CPU.
+
+    Parameters that the model knows under several names come under each of them, as one and the same tensor.
+    Needs no process group.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
+    facts = {name: fact for name, fact in tensor_facts(checkpoint).items() if name.startswith(MODEL_PREFIX)}
+    weights = {name: torch.empty(fact.shape, dtype=fact.dtype) for name, fact in facts.items()}
+    read_tensors(checkpoint, weights)
+    named = {name.removeprefix(MODEL_PREFIX): value for name, value in weights.items()}
+    return named | {alias: named[name] for alias, name in checkpoint.manifest.aliases.items() if name in named}

@@ -1,0 +1,149 @@
+"""An optimizer's state, by the parameter's name: where it is read and written is where it is.
+
+torch's ``get_optimizer_state_dict`` makes a step to find out what there is, and so changes what it looks at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from launcher.checkpoint.loading import TensorFacts
+from launcher.checkpoint.snapshot import local_part
+from launcher.errors import JobError
+from launcher.training.step import Learner
+
+__all__ = ["listed", "load", "numbers", "targets", "tensors"]
+
+_PREFIX = "optimizer."
+_SHOWN = 5
+
+
+def tensors(learner: Learner) -> dict[str, Tensor]:
+    """Every entry that is a tensor, under ``optimizer.<parameter>.<entry>``; not copied.
+
+    Raises:
+        JobError: something has no name, or is not a tensor or number.
+    """
+    entries = _entries(learner)
+    return {
+        f"{_PREFIX}{name}.{key}": _laid_out_like(value, source)
+        for name, source, key, value in entries
+        if isinstance(value, Tensor)
+    }
+
+
+def numbers(learner: Learner) -> dict[str, Any]:
+    """Every entry that is a Python number, by the name that a tensor would have."""
+    entries = _entries(learner)
+    return {f"{name}.{key}": value for name, _, key, value in entries if not isinstance(value, Tensor)}
+
+
+def targets(
+    learner: Learner, saved_kind: str, facts: dict[str, TensorFacts], notes: list[str]
+) -> dict[Tensor, dict[str, Tensor]]:
+    """By what is stepped: a tensor to read for each saved entry of its state, by the name it was saved under.
+
+    Args:
+        learner: freshly built.
+        saved_kind: the class of the optimizer that was saved.
+        facts: of everything that was saved.
+        notes: gets what is left out, in words.
+    """
+    optimizer = learner.optimizer
+    kind = type(optimizer.optimizer).__name__
+    by_name: dict[str, dict[str, TensorFacts]] = {}
+    for full, fact in facts.items():
+        if full.startswith(_PREFIX):
+            by_name.setdefault(full.removeprefix(_PREFIX).rpartition(".")[0], {})[full] = fact
+    if kind != saved_kind:
+        notes.append(f"the optimizer's state is left out: it is that of {saved_kind}, and this is {kind}")
+        return {}
+    found: dict[Tensor, dict[str, Tensor]] = {}
+    for name, target in zip(learner.parameter_names, _stepped(learner), strict=True):
+        source = optimizer.stepped.source(target)
+        found[target] = {
+            full: _empty_like(source, fact) if fact.shape == source.shape else torch.empty(fact.shape, dtype=fact.dtype)
+            for full, fact in by_name.pop(name, {}).items()
+        }
+    if by_name:
+        notes.append(f"the optimizer's state is left out of what is not trained now: {listed(by_name)}")
+    return found
+
+
+def _empty_like(source: Tensor, fact: TensorFacts) -> Tensor:
+    return torch.zeros_like(source.detach(), dtype=fact.dtype)
+
+
+def load(learner: Learner, state: dict[Tensor, dict[str, Tensor]], saved_numbers: dict[str, Any]) -> None:
+    """Take up what has been read into ``targets``.
+
+    By torch's own loading, which knows on which device and in which type each entry belongs.
+    """
+    if not state:
+        return
+    optimizer = learner.optimizer
+    entries: dict[int, dict[str, Any]] = {}
+    for index, (name, target) in enumerate(zip(learner.parameter_names, _stepped(learner), strict=True)):
+        stepped_locally = optimizer.stepped.source(target) is not target
+        entry: dict[str, Any] = {
+            full.rpartition(".")[2]: local_part(value) if stepped_locally else value
+            for full, value in state[target].items()
+        }
+        entry |= {full.rpartition(".")[2]: n for full, n in saved_numbers.items() if full.rpartition(".")[0] == name}
+        if entry:
+            entries[index] = entry
+    groups = optimizer.optimizer.state_dict()["param_groups"]
+    optimizer.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few of some names."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
+    return ", ".join(ordered[:_SHOWN]) + more
+
+
+def _stepped(learner: Learner) -> list[Tensor]:
+    """What the optimizer steps, in its order."""
+    return [target for group in learner.optimizer.optimizer.param_groups for target in group["params"]]
+
+
+def _entries(learner: Learner) -> Iterator[tuple[str, Tensor, str, Any]]:
+    """Each entry of the optimizer's state: parameter's name, the parameter, key, value."""
+    optimizer = learner.optimizer
+    for name, target in zip(learner.parameter_names, _stepped(learner), strict=True):
+        if name == "?":
+            raise JobError(
+                f"{type(learner.job).__name__}.parameter_groups returned a parameter that is not one of the model's, "
+                "and so has no name to be saved under: make it a part of the model, or use checkpoint=none."
+            )
+        for key, value in sorted(optimizer.optimizer.state.get(target, {}).items()):
+            if value is None:
+                continue
+            if not isinstance(value, (Tensor, bool, int, float)):
+                raise JobError(
+                    f"{type(optimizer.optimizer).__name__} keeps {key!r} as a {type(value).__name__}, which a "
+                    "checkpoint does not hold: use another optimizer, or checkpoint=none."
+                )
+            yield name, optimizer.stepped.source(target), key, value
+
+
+def _laid_out_like(value: Tensor, source: Tensor) -> Tensor:
+    """A shard of optimizer state as the DTensor that its parameter is; anything else as it is."""
+    if isinstance(source, DTensor) and not isinstance(value, DTensor) and value.ndim:
+        shard = local_part(source)
+        if value.shape == shard.shape:
+            return DTensor.from_local(
+                value,
+                source.device_mesh,
+                source.placements,
+                run_check=False,
+                shape=source.shape,
+                stride=source.stride(),
+            )
+    return value.detach()
