@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -24,7 +24,6 @@ from launcher.config.schema import Codec, CompressionConfig, ParallelConfig, Str
 from launcher.errors import JobError
 from launcher.job import Job
 from launcher.parallel.blocks import checked_blocks, checked_model, checkpoint_activations
-from launcher.parallel.rankstate import NoRankState, RankState
 from launcher.parallel.sharding import build_sharded
 
 __all__ = ["Layout", "ParallelModel", "parallelize"]
@@ -59,10 +58,9 @@ class ParallelModel:
     """How many ranks hold the same gradient after the backward pass."""
     probe: OverflowProbe | None
     wire: Wire
+    """What the gradients cross."""
     averages: bool = True
     """Whether the ranks' gradients are averaged on their way, or summed."""
-    rank_state: RankState = field(default_factory=NoRankState)
-    """What differs by rank, and belongs in a checkpoint."""
 
     @contextmanager
     def synchronising(self, last: bool) -> Iterator[None]:

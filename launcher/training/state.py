@@ -61,7 +61,7 @@ def private_state(learner: Learner, data: Data) -> dict[str, Any]:
         "buffers": {name: buffer.detach() for name, buffer in _persistent_buffers(learner.model.module).items()},
         "data": data.state_dict(),
         "job": job.state_dict() if hasattr(job, "state_dict") else {},
-        "rank_state": learner.model.rank_state.state_dict(),
+        "wire": learner.model.wire.state_dict(),
     }
     require_plain(state["data"], "The state_dict of the training dataset")
     require_plain(state["job"], f"{type(job).__name__}.state_dict()")
@@ -154,6 +154,4 @@ def _restore_private(
         generators.set_state(own["random"], learner.device)
     else:
         notes.append(f"saved on {saved_world_size} ranks: dropout and the like draw new random numbers on {world_size}")
-    learner.model.rank_state.load_state_dict(
-        lambda which: read_private(checkpoint, which)["rank_state"], saved_world_size
-    )
+    learner.model.wire.load_state_dict(lambda which: read_private(checkpoint, which)["wire"], saved_world_size)

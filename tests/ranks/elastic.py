@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from launcher import LossOutput
 from launcher.building import build_learner
 from launcher.checkpoint import CheckpointStore
 from launcher.checkpoint.saver import Saved, Saver
+from launcher.compression.feedback import Feedback
+from launcher.compression.layout import Slice
+from launcher.compression.wire import Residue
 from launcher.config.schema import Verify
 from launcher.environment import Ranks
 from launcher.training.batches import BatchShape, TrainingData
@@ -45,19 +47,12 @@ class Elastic(Padded):
         self.loaded = state
 
 
-class Residue:
-    """Error feedback as compression keeps it: what each rank holds adds up to a whole."""
-
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.values = torch.full((5,), float(rank + 1))
-        self.rank, self.world_size = rank, world_size
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"residue": self.values}
-
-    def load_state_dict(self, read: Any, saved_world_size: int) -> None:
-        total = sum(read(rank)["residue"] for rank in range(saved_world_size))
-        self.values = total / self.world_size
+def keep_errors(learner: Learner, rank: int, world_size: int) -> None:
+    """Errors as a codec keeps them: what each rank holds adds up to a whole."""
+    errors = Feedback(5, CPU)
+    errors.kept.fill_(float(rank + 1))
+    whole = (Slice(0, "body.0.weight", 0, 5),)
+    learner.model.wire.residues.append(Residue("test.scattered", errors, whole, weight=1.0, share=1.0 / world_size))
 
 
 def build(rank: int, world_size: int, settings: dict[str, Any]) -> tuple[Learner, TrainingData, Identity]:
@@ -69,7 +64,7 @@ def build(rank: int, world_size: int, settings: dict[str, Any]) -> tuple[Learner
     shape = BatchShape(GLOBAL_BATCH // world_size, 1, world_size)
     ranks = Ranks(rank, world_size, rank, world_size, 0, "here")
     learner = build_learner(config, job, CPU, ranks, shape, steps=100)
-    object.__setattr__(learner.model, "rank_state", Residue(rank, world_size))
+    keep_errors(learner, rank, world_size)
     data = TrainingData(job, Sequences(96), shape, rank, seed=0)
     return learner, data, Identity(strategy, config.precision.dtype.value, "x", 0, rank, world_size)
 
@@ -99,7 +94,7 @@ def load(rank: int, world_size: int, folder: str, settings: dict[str, Any]) -> d
     assert found.checkpoint is not None
     progress, notes = resumed(learner, data, identity, found.checkpoint)
     state = state_digests(learner)
-    residue = learner.model.rank_state.values.tolist()
+    residue = learner.model.wire.residues[-1].feedback.kept.tolist()
     return {
         "state": state,
         "notes": notes,
