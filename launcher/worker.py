@@ -18,13 +18,15 @@ from launcher.building import build_trainer
 from launcher.config.files import load_config
 from launcher.config.schema import Device, RunConfig
 from launcher.environment import Ranks, thread_limit
-from launcher.errors import EXIT_FINISHED
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED
 from launcher.observe import Reporter, RunFacts, build_reporter
 from launcher.observe.ranklog import Streams, redirect_to_log
 from launcher.observe.terminal import Terminal
 from launcher.orphans import die_with_parent
 from launcher.rundir import RunDirectory, State, Status, write_json
+from launcher.rundir.access import restrict_umask
 from launcher.rundir.failures import Failure
+from launcher.rundir.lock import hold_as_worker
 from launcher.training.digest import parameters_digest
 from launcher.training.loop import Outcome, Trainer
 from launcher.training.stop import StopRequest
@@ -42,8 +44,13 @@ def main(run_path: str, attempt: int, parent: int) -> Outcome:
         attempt: from 0.
         parent: the id of the launching process, whose death ends this one.
     """
+    restrict_umask()
     die_with_parent(parent)
-    return live(RunDirectory(Path(run_path)), attempt)
+    run = RunDirectory(Path(run_path))
+    if not hold_as_worker(run):
+        os._exit(EXIT_FAILED)  # nothing is written: the run belongs to another launch by now
+    die_with_parent(parent)  # looked at once more, now that a next launch would wait for this process
+    return live(run, attempt)
 
 
 def live(run: RunDirectory, attempt: int, on_failure: Callable[[Failure, Streams], None] | None = None) -> Outcome:
@@ -111,7 +118,7 @@ class _Life:
     def live(self) -> Outcome:
         """Train, report the result, and leave the process group together."""
         started = time.time()
-        config = load_config(self._run.config)
+        config = load_config(self._run.config_of(self._attempt))
         device = _enter_group(config, self._ranks)
         self._trainer = build_trainer(config, device, self._ranks, self._stop, self._report_to, self._run.checkpoints)
         outcome = self._trainer.train()
@@ -126,7 +133,7 @@ class _Life:
 
     def _report_to(self, facts: RunFacts) -> Reporter:
         status = Status(State.running, attempt=self._attempt, hosts=tuple(dict.fromkeys(facts.hosts)))
-        return build_reporter(self._run, facts, self._terminal, status)
+        return build_reporter(self._run, facts, self._terminal, status, lambda: self._stop.requested)
 
     def close(self) -> None:
         """Let go of the console, so that what follows stands below the live line."""

@@ -13,8 +13,8 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
@@ -52,6 +52,8 @@ class StopForwarder:
     def __init__(self) -> None:
         self.requested: str | None = None
         """The signal that asked first."""
+        self.on_request: Callable[[], None] = lambda: None
+        """Called at the first request, in the signal's handler."""
         self._interrupts = 0
 
     @contextmanager
@@ -67,9 +69,14 @@ class StopForwarder:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.requested = self.requested or signal.Signals(number).name
+        is_first, self.requested = self.requested is None, self.requested or signal.Signals(number).name
         self._interrupts += number == signal.SIGINT
         _signal_workers(signal.SIGKILL if self._interrupts > 1 else signal.SIGTERM)
+        if is_first:
+            with suppress(OSError, ValueError):  # no record of a request is worth losing the request
+                self.on_request()
+                # Not through sys.stderr: the handler may have interrupted a write to it.
+                os.write(2, b"stopping after the current step; a second Ctrl-C ends the run at once, unsaved\n")
 
 
 def run_workers(

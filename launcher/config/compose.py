@@ -42,6 +42,7 @@ def compose(
     argv: Sequence[str],
     prepare: Callable[[RunConfig], list[str]],
     command: Callable[[RunConfig, list[str]], float | None],
+    beginning: RunConfig | None = None,
 ) -> None:
     """Let Hydra act on ``argv``: show something and exit, or run ``command`` on each composed run.
 
@@ -50,6 +51,8 @@ def compose(
         prepare: fills in and checks a configuration, returns warnings; in a sweep it sees every run before
             the first starts.
         command: does the work, given the warnings; its result is what a sweeper optimises.
+        beginning: what the command line changes, in place of the shipped defaults: a run's configuration. A group
+            that is chosen anew (``parallel=fsdp``) replaces the run's own as a whole.
 
     Raises:
         ConfigurationError: the configuration does not compose, or is wrong.
@@ -58,8 +61,11 @@ def compose(
     task = _Task(prepare, command)
     ConfigStore.instance().store(name="tminus_schema", node=RunConfig)
     _register_plugins(_project_folders(argv))
+    primary = "launch"
+    if beginning is not None:
+        primary, argv = "tminus_resumed", _store_resumed(beginning, argv)
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises, and that is put in words here
-    decorated = hydra_main(version_base="1.3", config_path=_SHIPPED, config_name="launch")(task)
+    decorated = hydra_main(version_base="1.3", config_path=_SHIPPED, config_name=primary)(task)
     with _hydra_environment(argv):
         try:
             decorated()
@@ -156,6 +162,34 @@ def _project_folders(argv: Sequence[str]) -> list[Path]:
             folders.append(Path(value).absolute())
     own = Path.cwd() / "conf"
     return [folder for folder in [*folders, own] if folder.is_dir()]
+
+
+def _store_resumed(beginning: RunConfig, argv: Sequence[str]) -> list[str]:
+    """Make a run's configuration a primary one beside ``launch``, which it takes Hydra's own settings from.
+
+    Returns:
+        ``argv`` with each choice of a group written as an addition: the run has its groups' values, not their names.
+    """
+    import importlib.resources
+
+    shipped = importlib.resources.files("launcher.conf")
+    launch = yaml.safe_load((shipped / "launch.yaml").read_text(encoding="utf-8"))
+    own = [entry for entry in launch["defaults"] if entry in ("tminus_schema", "_self_") or "override" in str(entry)]
+    places: list[Any] = [*_project_folders(argv), shipped]
+    words, chosen = [], set()
+    for word in argv:
+        key, assigned, _ = word.partition("=")
+        group = key.lstrip("+")
+        is_group = bool(assigned) and group.isidentifier() and any((place / group).is_dir() for place in places)
+        if is_group:
+            chosen.add(group)
+        words.append(f"+{word.lstrip('+')}" if is_group else word)
+    values = OmegaConf.to_container(OmegaConf.structured(beginning), enum_to_str=True)
+    assert isinstance(values, dict)
+    kept = {key: value for key, value in values.items() if key not in chosen}
+    node = OmegaConf.create({"defaults": own, "hydra": launch["hydra"], **kept})
+    ConfigStore.instance().store(name="tminus_resumed", node=node)
+    return words
 
 
 class _ProjectSearchPath(SearchPathPlugin):
