@@ -1,4 +1,4 @@
-"""``launch resume RUN``: which run, from which folder, with which changes. What comes back exactly is in test_resume."""
+"""``launch resume RUN``: which run, from which folder, with which changes. Exactness is in test_resume."""
 
 from __future__ import annotations
 
