@@ -48,26 +48,13 @@ def fixed_differences(before: RunConfig, after: RunConfig, job_may_change: bool)
         after: of its next attempt.
         job_may_change: whether the job's arguments may differ (not its class).
     """
-    fixed = [
+    return [
         difference
         for difference in differences(before, after)
         if difference.key in _FIXED
         or difference.key == "job._target_"
         or (difference.key.startswith("job.") and not job_may_change)
     ]
-    sizes = _global_batch_size(before), _global_batch_size(after)
-    if sizes[0] != sizes[1]:
-        fixed.append(Difference("samples in a global batch", *sizes))
-    return fixed
-
-
-def _global_batch_size(config: RunConfig) -> int | None:
-    train, cluster = config.train, config.cluster
-    if train.global_batch_size is not None:
-        return train.global_batch_size
-    if train.accumulation_steps is None or train.micro_batch_size is None or cluster.processes_per_node is None:
-        return None
-    return train.accumulation_steps * train.micro_batch_size * cluster.processes_per_node * cluster.nodes
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:

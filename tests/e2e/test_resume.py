@@ -172,12 +172,14 @@ def test_more_workers_and_another_strategy_go_on_at_the_same_point(start: Start,
 
 
 def test_restarts_are_counted_anew_from_each_new_checkpoint(start: Start, project: Path) -> None:
-    """Every attempt fails in its fifth micro-batch, with two steps behind it."""
+    """Every attempt but the last fails with twenty steps behind it."""
     run = project / "mine"
-    options = ["job.fail=raise", "checkpoint.every_steps=1", "checkpoint.asynchronous=false", "train.max_steps=7"]
-    command = start([*RUN, *options, "cluster.max_restarts=1"], project)
+    options = ["job.fail=raise", "job.fail_call=41", "job.sleep=0.0", "train.max_steps=50"]
+    saving = ["checkpoint.every_steps=10", "checkpoint.asynchronous=false", "cluster.max_restarts=1"]
+    command = start([*RUN, *options, *saving], project)
     assert command.wait() == 0, command.errors
-    assert ended(run) == ["failed", "failed", "failed", "finished"]
+    assert ended(run) == ["failed", "failed", "finished"]
+    assert [event["step"] for event in events(run, "restart")] == [20, 40]
     assert json.loads((run / "status.json").read_text())["reason"] is None
 
 

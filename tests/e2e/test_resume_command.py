@@ -106,7 +106,6 @@ def test_a_wrong_override_is_one_message(start: Start, project: Path) -> None:
         ("parallel=fsdpp", "Did you mean 'fsdp'?"),
         ("train.max_step=3", "Did you mean 'max_steps'?"),
         ("seed=3", "seed: 0 there, 3 here"),
-        ("train.global_batch_size=16", "samples in a global batch: 8 there, 16 here"),
     ):
         command = start(["resume", "latest", override], project)
         assert command.wait() == 2

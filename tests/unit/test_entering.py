@@ -90,7 +90,6 @@ def test_changes_are_written_beside_the_first_configuration_for_this_attempt_and
         ({"name": "else"}, "name: run there, else here"),
         ({"job__width": 3}, "job.width: null there, 3 here"),
         ({"optimizer___target_": "torch.optim.SGD"}, "optimizer._target_: torch.optim.AdamW there"),
-        ({"train__global_batch_size": 128}, "samples in a global batch: 64 there, 128 here"),
     ],
 )
 def test_what_would_make_it_another_run_is_refused_and_nothing_is_written(
