@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["StopForwarder", "WorkersDiedError", "run_workers"]
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+_STOPPING = b"stopping after the current step; a second Ctrl-C ends the run at once, unsaved\n"
+_ERASE_LINE = b"\r\x1b[K"
+"""The live line of rank 0 is drawn again below."""
 _GRACE_SECONDS = 3.0
 _POLL_SECONDS = 0.1
 
@@ -76,7 +79,7 @@ class StopForwarder:
             with suppress(OSError, ValueError):  # no record of a request is worth losing the request
                 self.on_request()
                 # Not through sys.stderr: the handler may have interrupted a write to it.
-                os.write(2, b"stopping after the current step; a second Ctrl-C ends the run at once, unsaved\n")
+                os.write(2, _ERASE_LINE * os.isatty(2) + _STOPPING)
 
 
 def run_workers(

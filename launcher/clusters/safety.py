@@ -35,7 +35,9 @@ def refuse_shared_run(run: RunDirectory, trusted: bool, how_to_trust: str = TRUS
         return
     places = [run.path, *run.configs(), run.checkpoints]
     places += [checkpoint.path for checkpoint in CheckpointStore(run.checkpoints).candidates()]
-    open_to_others = [reason for place in places if place.exists() and (reason := writable_by_others(place))]
+    # A link and what it leads to: either decides what is loaded.
+    places = [each for place in places if place.exists() for each in dict.fromkeys((place, place.resolve()))]
+    open_to_others = [reason for place in places if (reason := writable_by_others(place))]
     if not open_to_others:
         return
     more = [f"  … and {len(open_to_others) - _SHOWN} more"] if len(open_to_others) > _SHOWN else []

@@ -154,6 +154,7 @@ def _write(weights: dict[str, Tensor], metadata: dict[str, str], target: Path) -
         save_file(weights, temporary, metadata)
         descriptor = os.open(temporary, os.O_RDONLY)
         try:
+            os.fchmod(descriptor, 0o666 & ~_umask())  # safetensors makes a file that only its owner can read
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -162,3 +163,9 @@ def _write(weights: dict[str, Tensor], metadata: dict[str, str], target: Path) -
         raise RequestError(f"{target} could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask

@@ -136,3 +136,17 @@ def test_torchrun_goes_on_with_a_run_of_launch_and_the_other_way_round(start: St
     assert command.wait() == 0, command.errors
     ended = [(line["attempt"], line["ended"]) for line in json_lines(run / "attempts.jsonl")]
     assert ended == [(0, "resumable"), (1, "finished"), (2, "finished")]
+
+
+def test_what_torchrun_restarts_goes_on_in_the_same_run(start: Start, project: Path) -> None:
+    torchrun = (*TORCHRUN[:3], "--max-restarts", "1", *TORCHRUN[3:])
+    saving = ["checkpoint.every_steps=1", "checkpoint.asynchronous=false"]
+    command = start(["+experiment=own", "job.fail=raise once", *saving], project, torchrun)
+    assert command.wait() == 0, command.errors
+    run = command.run_directory()
+    assert [(line["attempt"], line["ended"]) for line in json_lines(run / "attempts.jsonl")] == [
+        (0, "failed"),
+        (1, "finished"),
+    ]
+    (resume,) = [line for line in json_lines(run / "metrics.jsonl") if line.get("event") == "resume"]
+    assert (resume["attempt"], resume["step"]) == (1, 2)

@@ -60,10 +60,10 @@ def attempts(run: RunDirectory) -> list[dict[str, Any]]:
 
 def test_the_same_configuration_goes_on_with_the_next_attempt(tmp_path: Path) -> None:
     run = begin(tmp_path)
-    before = run.config.stat()
+    before = run.config.stat().st_mtime_ns
     entry = entered(configured(tmp_path))
     assert (entry.run, entry.attempt, entry.changes) == (run, 1, ())
-    assert run.config.stat() == before
+    assert run.config.stat().st_mtime_ns == before
     assert run.configs() == [run.config]
     assert Status.read(run.status).attempt == 1
     assert [launch["attempt"] for launch in read_json(run.provenance)["resumed"]] == [1]
@@ -181,6 +181,15 @@ def test_a_run_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(RunError, match="belongs to another user"):
         refuse_shared_run(run, trusted=False)
     refuse_shared_run(run, trusted=True)
+
+
+def test_a_link_to_a_folder_that_others_can_write_into_is_refused(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch").chmod(0o777)
+    run.checkpoints.symlink_to(tmp_path / "scratch")
+    with pytest.raises(RunError, match=f"{tmp_path}/scratch can be written by every user"):
+        refuse_shared_run(run, trusted=False)
 
 
 def test_weights_to_begin_with_must_exist_but_only_for_a_new_run(tmp_path: Path) -> None:
