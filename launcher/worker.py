@@ -13,6 +13,8 @@ from typing import Never
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # made in C++
+from torch.distributed.rendezvous import rendezvous
 
 from launcher.building import build_trainer
 from launcher.config.files import load_config
@@ -119,7 +121,7 @@ class _Life:
         """Train, report the result, and leave the process group together."""
         started = time.time()
         config = load_config(self._run.config_of(self._attempt))
-        device = _enter_group(config, self._ranks)
+        device = _enter_group(config, self._ranks, self._attempt)
         self._trainer = build_trainer(config, device, self._ranks, self._stop, self._report_to, self._run.checkpoints)
         outcome = self._trainer.train()
         digest = parameters_digest(self._trainer.learner.model.module)
@@ -157,18 +159,25 @@ class _Life:
         self._trainer.reporter.finish(result)
 
 
-def _enter_group(config: RunConfig, ranks: Ranks) -> torch.device:
+def _enter_group(config: RunConfig, ranks: Ranks, attempt: int) -> torch.device:
     """Set up this process for its device, and join the others."""
     threads = thread_limit(os.environ, ranks.local_world_size)
     if threads is not None:
         torch.set_num_threads(threads)
     if ranks.world_size == ranks.local_world_size and Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve on one machine
-    if config.device is Device.cuda:
-        device = torch.device("cuda", ranks.local_rank)
+    # torchrun keeps one store over its restarts, in which the addresses of dead workers would be found.
+    store, _, _ = next(iter(rendezvous("env://", timeout=_GROUP_TIMEOUT)))
+    cuda = config.device is Device.cuda
+    device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+    if cuda:
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=_GROUP_TIMEOUT, device_id=device)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo", timeout=_GROUP_TIMEOUT)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=PrefixStore(f"tminus/attempt-{attempt}", store),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=_GROUP_TIMEOUT,
+        device_id=device if cuda else None,
+    )
     return device

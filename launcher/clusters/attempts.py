@@ -13,9 +13,10 @@ __all__ = ["begin_attempt", "end_run", "mark_stopping", "record_lost_attempts", 
 _LOST = "the launching process ended without a word: killed, or its machine went down"
 
 
-def begin_attempt(run: RunDirectory, attempt: int) -> None:
-    """The run goes on in another attempt."""
-    Status.read(run.status).now(State.running, attempt=attempt, reason=None).write(run.status)
+def begin_attempt(run: RunDirectory, attempt: int, stopping: bool = False) -> None:
+    """The run goes on in another attempt, if only to stop."""
+    state = State.stopping if stopping else State.running
+    Status.read(run.status).now(state, attempt=attempt, reason=None).write(run.status)
 
 
 def mark_stopping(run: RunDirectory) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.checkpoint.safety import writable_by_others
 from launcher.clusters.attempts import record_lost_attempts
-from launcher.clusters.safety import refuse_shared_run
+from launcher.clusters.safety import TRUST, refuse_shared_run
 from launcher.config.differences import Difference, differences, fixed_differences
 from launcher.config.files import load_config, to_yaml
 from launcher.config.schema import RunConfig
@@ -62,6 +63,8 @@ def enter(config: RunConfig, command: Sequence[str], job_may_change: bool = Fals
     if run.config.is_file():  # another launch has made the same run in between
         lock.release()
         return _go_on(run, config, command, job_may_change)
+    if reason := writable_by_others(run.path):  # a folder of somebody else's, or a file system without modes
+        print(f"warning: {reason}: the run will not be gone on with, except by {TRUST}", file=sys.stderr)
     write_text(run.config, to_yaml(config))
     write_json(run.provenance, provenance(command, Path.cwd()))
     Status(State.running, hosts=(socket.gethostname(),)).write(run.status)
@@ -70,37 +73,50 @@ def enter(config: RunConfig, command: Sequence[str], job_may_change: bool = Fals
 
 def _go_on(run: RunDirectory, config: RunConfig, command: Sequence[str], job_may_change: bool) -> Entry:
     refuse_shared_run(run, config.checkpoint.trust_shared_directory)
-    before = load_config(run.configs()[-1])
-    if _has_finished(run, before, config):
+    if _has_finished(run, config):
         return Entry(run, attempt=0)
+    _same_run(run, config, job_may_change)  # before anything is written
+    lock = _take(run)
+    try:
+        if _has_finished(run, config):  # while we were looking
+            lock.release()
+            return Entry(run, attempt=0)
+        before = _same_run(run, config, job_may_change)
+        attempt = _next_attempt(run, lock, command)
+        changes = differences(before, config)
+        if changes:
+            resolved = replace(config, run_dir=before.run_dir, runs_root=before.runs_root)
+            write_text(run.config_from(attempt), to_yaml(resolved))
+    except BaseException:
+        lock.release()
+        raise
+    return Entry(run, attempt, tuple(changes), lock)
+
+
+def _same_run(run: RunDirectory, config: RunConfig, job_may_change: bool) -> RunConfig:
+    """The run's configuration so far; raises RunError if ``config`` would make it another run."""
+    before = load_config(run.configs()[-1])
     fixed = fixed_differences(before, config, job_may_change)
     if fixed:
-        raise RunError(
-            "\n".join(
-                [
-                    f"The run {run.path} cannot go on with this configuration, it would be another run:",
-                    *(f"  {difference}" for difference in fixed),
-                    "Repeat the run's own values, or start a new run: leave run_dir out.",
-                ]
-            )
-        )
-    lock = _take(run)
-    if _has_finished(run, before, config):  # while we were looking
-        lock.release()
-        return Entry(run, attempt=0)
+        lines = [
+            f"The run {run.path} cannot go on with this configuration, it would be another run:",
+            *(f"  {difference}" for difference in fixed),
+            "Repeat the run's own values, or start a new run: leave run_dir out.",
+        ]
+        raise RunError("\n".join(lines))
+    return before
+
+
+def _next_attempt(run: RunDirectory, lock: RunLock, command: Sequence[str]) -> int:
+    """Clear up what a killed launch has left, and write down that this one has come."""
     drop_cut_line(run.metrics)
     drop_cut_line(run.attempts)
     attempt = record_lost_attempts(run, lock.previous) + 1
-    changes = differences(before, config)
-    if changes:
-        write_text(
-            run.config_from(attempt), to_yaml(replace(config, run_dir=before.run_dir, runs_root=before.runs_root))
-        )
     _add_provenance(run, attempt, command)
     run.result.unlink(missing_ok=True)  # of a run that had finished, and is to go on for longer
     step = Status.read(run.status).step if run.status.exists() else 0
     Status(State.running, attempt=attempt, step=step, hosts=(socket.gethostname(),)).write(run.status)
-    return Entry(run, attempt, tuple(changes), lock)
+    return attempt
 
 
 def _take(run: RunDirectory) -> RunLock:
@@ -113,10 +129,11 @@ def _take(run: RunDirectory) -> RunLock:
     return lock
 
 
-def _has_finished(run: RunDirectory, before: RunConfig, config: RunConfig) -> bool:
+def _has_finished(run: RunDirectory, config: RunConfig) -> bool:
     """Whether the run's end has been reached, and no later one is asked for."""
     if not run.result.exists() or Status.read(run.status).state is not State.finished:
         return False
+    before = load_config(run.configs()[-1])
     if config.train.max_steps is not None:
         return config.train.max_steps <= int(read_json(run.result)["step"])
     return before.train.max_epochs is not None and (config.train.max_epochs or 0) <= before.train.max_epochs

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from launcher.clusters.agent import StopForwarder, WorkersDiedError, run_workers
 from launcher.clusters.attempts import begin_attempt, end_run, mark_stopping, record_restart, reported_steps
 from launcher.clusters.entering import Entry, enter
+from launcher.clusters.folders import shown
 from launcher.clusters.progress import Restarts, newest_step, where
 from launcher.config.rules import world_size
 from launcher.config.schema import RunConfig
@@ -42,7 +41,7 @@ def launch(config: RunConfig, command: Sequence[str], job_may_change: bool = Fal
     with forwarder.listening():
         entry = enter(config, command, job_may_change)
         if entry.lock is None:
-            say(f"the run {_shown(entry.run.path)} has finished; train.max_steps=N makes it longer")
+            say(f"the run {shown(entry.run.path)} has finished; train.max_steps=N makes it longer")
             return EXIT_FINISHED, entry.run
         forwarder.on_request = lambda: mark_stopping(entry.run)
         _introduce(entry, config)
@@ -59,7 +58,7 @@ def _attempts(config: RunConfig, entry: Entry, forwarder: StopForwarder) -> int:
     while True:
         assert entry.lock is not None
         entry.lock.sign(attempt)
-        begin_attempt(run, attempt)
+        begin_attempt(run, attempt, stopping=forwarder.requested is not None)
         end = _attempt(config, run, attempt, forwarder)
         if end.failure is None:
             end_run(run, attempt, end.started, end.state, end.reason)
@@ -120,13 +119,13 @@ def _introduce(entry: Entry, config: RunConfig) -> None:
     """The first lines that a launch prints."""
     workers = f"{world_size(config)} worker(s) on {config.device.value}"
     attempt = f"attempt {entry.attempt}, " if entry.attempt else ""
-    say(f"run: {_shown(entry.run.path)}  ({attempt}{workers})")
+    say(f"run: {shown(entry.run.path)}  ({attempt}{workers})")
     for change in entry.changes:
         say(f"changed: {change.key}: {change.before} → {change.after}")
 
 
 def _say_how_to_go_on(run: RunDirectory, step: int | None) -> None:
-    say(f"to go on, {where(step)}: launch resume {shlex.quote(_shown(run.path))}")
+    say(f"to go on, {where(step)}: launch resume {shlex.quote(shown(run.path))}")
 
 
 def _silent_death(run: RunDirectory, attempt: int, rank: int, exit_code: int) -> Failure:
@@ -155,9 +154,3 @@ def _unknown_death(run: RunDirectory, attempt: int) -> Failure:
     log = run.agent_log(attempt, node_rank=0)
     message = "A worker ended before it could say anything; the agent's log tells which."
     return Failure(rank=0, host=socket.gethostname(), log=str(log), message=message)
-
-
-def _shown(path: Path) -> str:
-    """Relative to the current folder where that is shorter."""
-    relative = os.path.relpath(path)
-    return relative if len(relative) < len(str(path)) else str(path)

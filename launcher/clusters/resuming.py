@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from launcher.clusters.folders import move_to
 from launcher.clusters.safety import TRUST, refuse_shared_run
 from launcher.config.schema import ClusterConfig, RunConfig
 from launcher.errors import RequestError
 from launcher.rundir import RunDirectory, read_json
 from launcher.rundir.find import find_run
 
-__all__ = ["RESUME", "compose_resumed", "move_to"]
+__all__ = ["RESUME", "compose_resumed"]
 
 RESUME = "resume"
 _USAGE = "launch resume RUN [key=value …], where RUN is a path, an id, an unambiguous beginning of one, or latest"
@@ -47,7 +47,7 @@ def compose_resumed(
         raise RequestError(f"run_dir cannot be changed: the run stays where it is. {_USAGE}.")
     run = find_run(name, Path(roots[-1] if roots else "runs"))
     # The run's own word on whether it is to be trusted does not count.
-    refuse_shared_run(run, trusted=TRUST in overrides)
+    refuse_shared_run(run, trusted=TRUST in map(str.lower, overrides))
     _go_where_it_began(run)
     from launcher.config.compose import compose
     from launcher.config.files import load_config
@@ -70,9 +70,3 @@ def _go_where_it_began(run: RunDirectory) -> None:
     elif folder != Path.cwd():
         print(f"in {folder}, where the run was begun", flush=True)
         move_to(folder)
-
-
-def move_to(folder: Path) -> None:
-    """Make ``folder`` the current one, and its modules the first to be found, here and in the workers."""
-    os.chdir(folder)
-    sys.path.insert(0, str(folder))

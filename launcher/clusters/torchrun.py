@@ -18,7 +18,8 @@ from typing import Any, Never
 
 from launcher.clusters.attempts import begin_attempt, end_run, record_lost_attempts
 from launcher.clusters.entering import enter
-from launcher.clusters.resuming import RESUME, compose_resumed, move_to
+from launcher.clusters.folders import move_to
+from launcher.clusters.resuming import RESUME, compose_resumed
 from launcher.environment import Ranks
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE, ConfigurationError, RequestError
 from launcher.orphans import die_with_parent

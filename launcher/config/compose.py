@@ -5,6 +5,7 @@ Hydra runs here, in the launching process, and nowhere else: workers load ``conf
 
 from __future__ import annotations
 
+import importlib.resources
 import logging
 import os
 import re
@@ -27,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config.nearest import nearest
+from launcher.config.resumed import PRIMARY, store_resumed
 from launcher.config.schema import RunConfig
 from launcher.config.words import in_words
 from launcher.errors import ConfigurationError, RequestError
@@ -63,7 +65,8 @@ def compose(
     _register_plugins(_project_folders(argv))
     primary = "launch"
     if beginning is not None:
-        primary, argv = "tminus_resumed", _store_resumed(beginning, argv)
+        places = [*_project_folders(argv), importlib.resources.files("launcher.conf")]
+        primary, argv = PRIMARY, store_resumed(beginning, argv, places)
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises, and that is put in words here
     decorated = hydra_main(version_base="1.3", config_path=_SHIPPED, config_name=primary)(task)
     with _hydra_environment(argv):
@@ -124,8 +127,6 @@ class SweepLauncher(BasicLauncher):
 
 def experiments(argv: Sequence[str] = ()) -> list[tuple[str, str]]:
     """The experiments that can be chosen here, a project's own first: (name, first comment line)."""
-    import importlib.resources
-
     shipped = importlib.resources.files("launcher.conf") / "experiment"
     folders: list[Any] = [folder / "experiment" for folder in _project_folders(argv)]
     found: dict[str, str] = {}
@@ -162,34 +163,6 @@ def _project_folders(argv: Sequence[str]) -> list[Path]:
             folders.append(Path(value).absolute())
     own = Path.cwd() / "conf"
     return [folder for folder in [*folders, own] if folder.is_dir()]
-
-
-def _store_resumed(beginning: RunConfig, argv: Sequence[str]) -> list[str]:
-    """Make a run's configuration a primary one beside ``launch``, which it takes Hydra's own settings from.
-
-    Returns:
-        ``argv`` with each choice of a group written as an addition: the run has its groups' values, not their names.
-    """
-    import importlib.resources
-
-    shipped = importlib.resources.files("launcher.conf")
-    launch = yaml.safe_load((shipped / "launch.yaml").read_text(encoding="utf-8"))
-    own = [entry for entry in launch["defaults"] if entry in ("tminus_schema", "_self_") or "override" in str(entry)]
-    places: list[Any] = [*_project_folders(argv), shipped]
-    words, chosen = [], set()
-    for word in argv:
-        key, assigned, _ = word.partition("=")
-        group = key.lstrip("+")
-        is_group = bool(assigned) and group.isidentifier() and any((place / group).is_dir() for place in places)
-        if is_group:
-            chosen.add(group)
-        words.append(f"+{word.lstrip('+')}" if is_group else word)
-    values = OmegaConf.to_container(OmegaConf.structured(beginning), enum_to_str=True)
-    assert isinstance(values, dict)
-    kept = {key: value for key, value in values.items() if key not in chosen}
-    node = OmegaConf.create({"defaults": own, "hydra": launch["hydra"], **kept})
-    ConfigStore.instance().store(name="tminus_resumed", node=node)
-    return words
 
 
 class _ProjectSearchPath(SearchPathPlugin):

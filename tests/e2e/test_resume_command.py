@@ -78,7 +78,6 @@ def test_a_run_goes_on_from_another_folder_with_changes(start: Start, project: P
     """The job's module is only where the run was begun; the groups chosen anew replace the run's own."""
     command = start(["+experiment=own", "job.fail=raise"], project)
     assert command.wait() == 1
-    assert "resume" not in command.output or "launch resume" in command.output
     run = command.run_directory()
     first = (run / "config.yaml").read_bytes()
     elsewhere = tmp_path / "elsewhere"
@@ -97,6 +96,17 @@ def test_a_run_goes_on_from_another_folder_with_changes(start: Start, project: P
     provenance = json.loads((run / "provenance.json").read_text())
     assert provenance["folder"] == str(project)
     assert provenance["resumed"][0]["command"].startswith("launch resume")
+
+
+def test_from_another_folder_it_says_how_to_go_on_from_there(start: Start, project: Path, tmp_path: Path) -> None:
+    command = start(["+experiment=own", "run_dir=mine", "job.fail=raise", "checkpoint.every_steps=1"], project)
+    assert command.wait() == 1
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for folder, written in ((elsewhere, "'../a project/mine'"), (project / "conf", "../mine")):
+        command = start(["resume", str(project / "mine")], folder)
+        assert command.wait() == 1
+        assert f"launch resume {written}" in command.output
 
 
 def test_a_wrong_override_is_one_message(start: Start, project: Path) -> None:
