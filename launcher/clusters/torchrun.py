@@ -78,7 +78,8 @@ def join(arguments: Sequence[str]) -> int:
     verdict = _Verdict(**json.loads(store.get(_VERDICT_KEY)))
     if verdict.run is None:
         return verdict.exit_code
-    move_to(Path(verdict.folder))
+    if Path(verdict.folder) != Path.cwd():
+        move_to(Path(verdict.folder))
     run, attempt = RunDirectory(Path(verdict.run)), verdict.first_attempt + restarts
     if ranks.rank == 0 and restarts > 0:
         lock = RunLock.take(run, _LOCK_PATIENCE_SECONDS, workers_may_be_there=True)
