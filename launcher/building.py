@@ -24,6 +24,7 @@ from launcher.errors import JobError
 from launcher.job import Job
 from launcher.observe import Reporter, RunFacts
 from launcher.parallel import Layout, parallelize
+from launcher.parallel.initial import load_initial_weights
 from launcher.precision import (
     ControlCollective,
     FoldedOptimizer,
@@ -65,6 +66,7 @@ def build_trainer(
     Raises:
         JobError: the job's model or data cannot be used.
         CheckpointError: there are checkpoints, and none can be used.
+        RequestError: the weights of ``train.init_from`` are not the model's.
     """
     train = config.train
     assert train.micro_batch_size is not None
@@ -84,6 +86,8 @@ def build_trainer(
     progress, notes = Progress(), list[str]()
     if found.checkpoint is not None:
         progress, notes = resumed(learner, data, identity, found.checkpoint)
+    elif train.init_from is not None:
+        load_initial_weights(learner.model.module, Path(train.init_from))
     facts = RunFacts(
         config=config,
         total_steps=steps,

@@ -1,7 +1,7 @@
 """The ``launch`` command: who asks for what, and the exit code.
 
-Nothing heavy is imported before it is known to be needed: ``launch --version`` needs no Hydra,
-``launch --help`` no torch.
+Nothing heavy is imported before it is known to be needed: ``launch --version`` and an unknown verb need no
+Hydra, ``launch --help`` and an unknown run no torch.
 """
 
 from __future__ import annotations
@@ -10,12 +10,19 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from launcher import __version__
 from launcher.environment import is_torchrun_worker
 from launcher.errors import EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE, RequestError
+from launcher.verbs import act, is_word
+
+if TYPE_CHECKING:
+    from launcher.config.schema import RunConfig
 
 __all__ = ["main"]
+
+_RESUME = "resume"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,17 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        if arguments == ["--version"]:
-            print(f"launch {__version__}")
-            return EXIT_FINISHED
-        if is_torchrun_worker(os.environ):
-            from launcher.clusters.torchrun import join
-
-            return join(arguments)
-        if not arguments:
-            print(_what_to_type(), file=sys.stderr)
-            return EXIT_REQUEST
-        return _train_here(arguments)
+        return _act(arguments)
     except RequestError as error:
         print(f"launch: {error}", file=sys.stderr)
         return EXIT_REQUEST
@@ -44,12 +41,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_RESUMABLE
 
 
-def _train_here(arguments: list[str]) -> int:
-    """One run, or a sweep of several: the worst of their exit codes. A stopped run ends the sweep."""
-    from launcher.config.compose import compose
-    from launcher.config.prepare import prepare
-    from launcher.config.schema import RunConfig
+def _act(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
+        print(f"launch {__version__}")
+        return EXIT_FINISHED
+    if is_torchrun_worker(os.environ):
+        from launcher.clusters.torchrun import join
 
+        return join(arguments)
+    if not arguments:
+        print(_what_to_type(), file=sys.stderr)
+        return EXIT_REQUEST
+    if is_word(arguments[0]) and arguments[0] != _RESUME:
+        return act(arguments)
+    return _train_here(arguments)
+
+
+def _train_here(arguments: list[str]) -> int:
+    """One run, new or resumed, or a sweep of several: the worst of their exit codes. A stopped run ends the sweep."""
+    resumes = arguments[0] == _RESUME
     codes: list[int] = []
 
     def command(config: RunConfig, warnings: list[str]) -> float | None:
@@ -60,15 +70,28 @@ def _train_here(arguments: list[str]) -> int:
             return None
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        code, run = launch(config, ["launch", *arguments])
+        code, run = launch(config, ["launch", *arguments], job_may_change=resumes)
         codes.append(code)
         if code != EXIT_FINISHED:
             return math.nan
         result = read_json(run.result)
         return float((result["validation"] or result)["loss"])
 
-    compose(arguments, prepare, command)
+    if resumes:
+        from launcher.clusters.resuming import compose_resumed
+
+        compose_resumed(arguments[1:], _prepare, command)
+    else:
+        from launcher.config.compose import compose
+
+        compose(arguments, _prepare, command)
     return max(codes, default=EXIT_FINISHED)
+
+
+def _prepare(config: RunConfig) -> list[str]:
+    from launcher.config.prepare import prepare
+
+    return prepare(config)
 
 
 def _what_to_type() -> str:

@@ -6,7 +6,8 @@
     ├── RequestError (ValueError)      the request was wrong: one message, exit code 2
     │   ├── ConfigurationError         a value, a key, a combination of values
     │   ├── JobError                   the user's job does not fit (a missing method, a bad return value)
-    │   └── CheckpointError            what is to be loaded is damaged, or is not of this model
+    │   ├── CheckpointError            what is to be loaded is damaged, or is not of this model
+    │   └── RunError                   a run that was named: unknown, in use, unsafe, or another one than meant
     └── TrainingError (RuntimeError)   the request was right, training failed: exit code 1
         ├── DivergenceError            the numbers cannot be trained on (loss scale at its floor, a NaN loss)
         ├── DesynchronisedError        one rank's state has parted from the others'
@@ -30,6 +31,7 @@ __all__ = [
     "DivergenceError",
     "JobError",
     "RequestError",
+    "RunError",
     "TMinusError",
     "TrainingError",
 ]
@@ -59,6 +61,10 @@ class JobError(RequestError):
 
 class CheckpointError(RequestError):
     """A checkpoint that is to be loaded is damaged, cannot be trusted, or is not of this model."""
+
+
+class RunError(RequestError):
+    """A run that was named does not exist, is being written by another launch, is not safe to load, or does not fit."""
 
 
 class TrainingError(TMinusError, RuntimeError):

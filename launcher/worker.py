@@ -13,18 +13,22 @@ from typing import Never
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # made in C++
+from torch.distributed.rendezvous import rendezvous
 
 from launcher.building import build_trainer
 from launcher.config.files import load_config
 from launcher.config.schema import Device, RunConfig
 from launcher.environment import Ranks, thread_limit
-from launcher.errors import EXIT_FINISHED
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED
 from launcher.observe import Reporter, RunFacts, build_reporter
 from launcher.observe.ranklog import Streams, redirect_to_log
 from launcher.observe.terminal import Terminal
 from launcher.orphans import die_with_parent
 from launcher.rundir import RunDirectory, State, Status, write_json
+from launcher.rundir.access import restrict_umask
 from launcher.rundir.failures import Failure
+from launcher.rundir.lock import hold_as_worker
 from launcher.training.digest import parameters_digest
 from launcher.training.loop import Outcome, Trainer
 from launcher.training.stop import StopRequest
@@ -42,8 +46,13 @@ def main(run_path: str, attempt: int, parent: int) -> Outcome:
         attempt: from 0.
         parent: the id of the launching process, whose death ends this one.
     """
+    restrict_umask()
     die_with_parent(parent)
-    return live(RunDirectory(Path(run_path)), attempt)
+    run = RunDirectory(Path(run_path))
+    if not hold_as_worker(run):
+        os._exit(EXIT_FAILED)  # nothing is written: the run belongs to another launch by now
+    die_with_parent(parent)  # looked at once more, now that a next launch would wait for this process
+    return live(run, attempt)
 
 
 def live(run: RunDirectory, attempt: int, on_failure: Callable[[Failure, Streams], None] | None = None) -> Outcome:
@@ -111,8 +120,8 @@ class _Life:
     def live(self) -> Outcome:
         """Train, report the result, and leave the process group together."""
         started = time.time()
-        config = load_config(self._run.config)
-        device = _enter_group(config, self._ranks)
+        config = load_config(self._run.config_of(self._attempt))
+        device = _enter_group(config, self._ranks, self._attempt)
         self._trainer = build_trainer(config, device, self._ranks, self._stop, self._report_to, self._run.checkpoints)
         outcome = self._trainer.train()
         digest = parameters_digest(self._trainer.learner.model.module)
@@ -126,7 +135,7 @@ class _Life:
 
     def _report_to(self, facts: RunFacts) -> Reporter:
         status = Status(State.running, attempt=self._attempt, hosts=tuple(dict.fromkeys(facts.hosts)))
-        return build_reporter(self._run, facts, self._terminal, status)
+        return build_reporter(self._run, facts, self._terminal, status, lambda: self._stop.requested)
 
     def close(self) -> None:
         """Let go of the console, so that what follows stands below the live line."""
@@ -150,18 +159,25 @@ class _Life:
         self._trainer.reporter.finish(result)
 
 
-def _enter_group(config: RunConfig, ranks: Ranks) -> torch.device:
+def _enter_group(config: RunConfig, ranks: Ranks, attempt: int) -> torch.device:
     """Set up this process for its device, and join the others."""
     threads = thread_limit(os.environ, ranks.local_world_size)
     if threads is not None:
         torch.set_num_threads(threads)
     if ranks.world_size == ranks.local_world_size and Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve on one machine
-    if config.device is Device.cuda:
-        device = torch.device("cuda", ranks.local_rank)
+    # torchrun keeps one store over its restarts, in which the addresses of dead workers would be found.
+    store, _, _ = next(iter(rendezvous("env://", timeout=_GROUP_TIMEOUT)))
+    cuda = config.device is Device.cuda
+    device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
+    if cuda:
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=_GROUP_TIMEOUT, device_id=device)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo", timeout=_GROUP_TIMEOUT)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=PrefixStore(f"tminus/attempt-{attempt}", store),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=_GROUP_TIMEOUT,
+        device_id=device if cuda else None,
+    )
     return device

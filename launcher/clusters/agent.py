@@ -13,8 +13,8 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["StopForwarder", "WorkersDiedError", "run_workers"]
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+_STOPPING = b"stopping after the current step; a second Ctrl-C ends the run at once, unsaved\n"
+_ERASE_LINE = b"\r\x1b[K"
+"""The live line of rank 0 is drawn again below."""
 _GRACE_SECONDS = 3.0
 _POLL_SECONDS = 0.1
 
@@ -52,6 +55,8 @@ class StopForwarder:
     def __init__(self) -> None:
         self.requested: str | None = None
         """The signal that asked first."""
+        self.on_request: Callable[[], None] = lambda: None
+        """Called at the first request, in the signal's handler."""
         self._interrupts = 0
 
     @contextmanager
@@ -67,9 +72,14 @@ class StopForwarder:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.requested = self.requested or signal.Signals(number).name
+        is_first, self.requested = self.requested is None, self.requested or signal.Signals(number).name
         self._interrupts += number == signal.SIGINT
         _signal_workers(signal.SIGKILL if self._interrupts > 1 else signal.SIGTERM)
+        if is_first:
+            with suppress(OSError, ValueError):  # no record of a request is worth losing the request
+                self.on_request()
+                # Not through sys.stderr: the handler may have interrupted a write to it.
+                os.write(2, _ERASE_LINE * os.isatty(2) + _STOPPING)
 
 
 def run_workers(

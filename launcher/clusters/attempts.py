@@ -1,29 +1,29 @@
-"""What is written down about a run from outside its workers: how it was made, how each attempt ended."""
+"""What is written down about a run's attempts from outside its workers: that one begins, and how each has ended."""
 
 from __future__ import annotations
 
-import json
-import socket
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
-from launcher.config.files import to_yaml
-from launcher.config.schema import RunConfig
-from launcher.rundir import RunDirectory, State, Status, append_json_line, write_json
-from launcher.rundir.provenance import provenance
-from launcher.rundir.records import write_text
+from launcher.rundir import RunDirectory, State, Status, append_json_line
+from launcher.rundir.lock import Holder
+from launcher.rundir.records import read_json_lines
 
-__all__ = ["create_run", "end_run", "reported_steps"]
+__all__ = ["begin_attempt", "end_run", "mark_stopping", "record_lost_attempts", "record_restart", "reported_steps"]
+
+_LOST = "the launching process ended without a word: killed, or its machine went down"
 
 
-def create_run(config: RunConfig, command: Sequence[str]) -> RunDirectory:
-    """A new run directory with all that is known before the first worker starts."""
-    run = RunDirectory.create(Path(config.runs_root), config.name, config.run_dir)
-    write_text(run.config, to_yaml(config))
-    write_json(run.provenance, provenance(command, Path.cwd()))
-    Status(State.running, hosts=(socket.gethostname(),)).write(run.status)
-    return run
+def begin_attempt(run: RunDirectory, attempt: int, stopping: bool = False) -> None:
+    """The run goes on in another attempt, if only to stop."""
+    state = State.stopping if stopping else State.running
+    Status.read(run.status).now(state, attempt=attempt, reason=None).write(run.status)
+
+
+def mark_stopping(run: RunDirectory) -> None:
+    """A request to stop has come; rank 0 writes the same from its next step on."""
+    status = Status.read(run.status)
+    if status.state is State.running:
+        status.now(State.stopping).write(run.status)
 
 
 def end_run(run: RunDirectory, attempt: int, started: float, state: State, reason: str | None) -> None:
@@ -31,13 +31,62 @@ def end_run(run: RunDirectory, attempt: int, started: float, state: State, reaso
     steps = reported_steps(run, attempt)
     status = Status.read(run.status)
     status.now(state, attempt=attempt, step=max(steps, default=status.step), reason=reason).write(run.status)
+    _record_end(run, attempt, started, time.time(), state.value, reason)
+
+
+def record_restart(run: RunDirectory, attempt: int, step: int, reason: str) -> None:
+    """A line in the metrics: ``attempt`` begins because the one before has failed."""
+    line = {"kind": "event", "attempt": attempt, "event": "restart", "step": step, "reason": reason}
+    append_json_line(run.metrics, {**line, "time": time.time()})
+
+
+def record_lost_attempts(run: RunDirectory, last_holder: Holder | None, before: int | None = None) -> int:
+    """Write down the attempts whose launcher could not do so any more; call it under the run's lock.
+
+    Args:
+        run: the run's directory.
+        last_holder: of that lock.
+        before: the number of an attempt that is running already.
+
+    Returns:
+        The number of the last attempt that has begun, -1 if there is none.
+    """
+    recorded = {int(line["attempt"]) for line in read_json_lines(run.attempts)}
+    begun = set(run.begun_attempts())
+    status = Status.read(run.status) if run.status.exists() else None
+    if status is not None and status.state in (State.running, State.stopping):
+        begun.add(status.attempt)
+    if before is not None:
+        begun = {attempt for attempt in begun if attempt < before}
+    for attempt in sorted(begun - recorded):
+        start, end = _signs_of_life(run, attempt, status, last_holder)
+        _record_end(run, attempt, start, end, "killed", _LOST)
+    return max(recorded | begun, default=-1)
+
+
+def _signs_of_life(
+    run: RunDirectory, attempt: int, status: Status | None, last_holder: Holder | None
+) -> tuple[float, float]:
+    """When an attempt was first and last seen, in seconds since 1970."""
+    logs = run.attempt_logs(attempt)
+    seen = [path.stat().st_mtime for path in [logs, *logs.glob("*")] if path.exists()]
+    seen += [float(line["time"]) for line in read_json_lines(run.metrics) if line.get("attempt") == attempt]
+    if status is not None and status.attempt == attempt:
+        seen.append(status.updated)
+    if last_holder is not None and last_holder.attempt == attempt:
+        seen.append(last_holder.started)
+    return min(seen), max(seen)
+
+
+def _record_end(run: RunDirectory, attempt: int, start: float, end: float, ended: str, reason: str | None) -> None:
+    steps = reported_steps(run, attempt)
     line = {
         "attempt": attempt,
-        "start": started,
-        "end": time.time(),
+        "start": start,
+        "end": end,
         "first_step": min(steps, default=None),
         "last_step": max(steps, default=None),
-        "ended": state.value,
+        "ended": ended,
         "reason": reason,
     }
     append_json_line(run.attempts, line)
@@ -46,13 +95,7 @@ def end_run(run: RunDirectory, attempt: int, started: float, state: State, reaso
 def reported_steps(run: RunDirectory, attempt: int) -> range:
     """The steps that an attempt has reported, first to last."""
     first = last = 0
-    if run.metrics.exists():
-        with run.metrics.open(encoding="utf-8") as file:
-            for text in file:
-                try:
-                    line = json.loads(text)
-                except json.JSONDecodeError:
-                    continue  # a line that a crash has cut
-                if line.get("attempt") == attempt and line.get("kind") == "train":
-                    first, last = first or line["step"], line["step"]
+    for line in read_json_lines(run.metrics):
+        if line.get("attempt") == attempt and line.get("kind") == "train":
+            first, last = first or line["step"], line["step"]
     return range(first, last + 1) if first else range(0)

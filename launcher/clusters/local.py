@@ -1,19 +1,22 @@
-"""A run on this machine: its directory, its attempts, its end."""
+"""A run on this machine: its attempts, one after the other, and its end."""
 
 from __future__ import annotations
 
-import os
+import shlex
 import signal
 import socket
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 from launcher.clusters.agent import StopForwarder, WorkersDiedError, run_workers
-from launcher.clusters.attempts import create_run, end_run, reported_steps
+from launcher.clusters.attempts import begin_attempt, end_run, mark_stopping, record_restart, reported_steps
+from launcher.clusters.entering import Entry, enter
+from launcher.clusters.folders import shown
+from launcher.clusters.progress import Restarts, newest_step, where
 from launcher.config.rules import world_size
 from launcher.config.schema import RunConfig
-from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_RESUMABLE
+from launcher.errors import EXIT_FINISHED, EXIT_RESUMABLE
 from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State
 from launcher.rundir.failures import Failure, first_failure
@@ -23,37 +26,76 @@ __all__ = ["launch"]
 _TAIL_LINES = 20
 
 
-def launch(config: RunConfig, command: Sequence[str]) -> tuple[int, RunDirectory]:
-    """Train here, from nothing to the end.
+def launch(config: RunConfig, command: Sequence[str], job_may_change: bool = False) -> tuple[int, RunDirectory]:
+    """Train here, to the end: from nothing, or from where the run in ``config.run_dir`` has come to.
 
     Args:
         config: prepared and checked.
         command: the command line, for the record.
+        job_may_change: of a run that exists, whether the job's arguments may be others than before.
 
     Returns:
         The exit code (0 finished, 1 failed, 2 wrong request found by a worker, 75 stopped), and the run's directory.
     """
     forwarder = StopForwarder()
-    attempt, furthest, restarts = 0, -1, 0
     with forwarder.listening():
-        run = create_run(config, command)
-        say(f"run: {_shown(run.path)}  ({world_size(config)} worker(s) on {config.device.value})")
-        while True:
-            code, failure = _attempt(config, run, attempt, forwarder)
-            if failure is None or code != EXIT_FAILED or failure.step is None or forwarder.requested:
-                return code, run
-            restarts = 0 if failure.step > furthest else restarts + 1
-            furthest = max(furthest, failure.step)
-            if restarts >= config.cluster.max_restarts:
-                return code, run
-            attempt += 1
-            say(f"restarting: attempt {attempt} (rank {failure.rank} failed: {failure.message})")
+        entry = enter(config, command, job_may_change)
+        if entry.lock is None:
+            say(f"the run {shown(entry.run.path)} has finished; train.max_steps=N makes it longer")
+            return EXIT_FINISHED, entry.run
+        forwarder.on_request = lambda: mark_stopping(entry.run)
+        _introduce(entry, config)
+        try:
+            return _attempts(config, entry, forwarder), entry.run
+        finally:
+            entry.lock.release()
 
 
-def _attempt(
-    config: RunConfig, run: RunDirectory, attempt: int, forwarder: StopForwarder
-) -> tuple[int, Failure | None]:
-    """Run the workers once; write down and print how it ended."""
+def _attempts(config: RunConfig, entry: Entry, forwarder: StopForwarder) -> int:
+    """Attempts until one ends well, on request, or so that another would not help."""
+    run, attempt = entry.run, entry.attempt
+    restarts = Restarts(run, config)
+    while True:
+        assert entry.lock is not None
+        entry.lock.sign(attempt)
+        begin_attempt(run, attempt, stopping=forwarder.requested is not None)
+        end = _attempt(config, run, attempt, forwarder)
+        if end.failure is None:
+            end_run(run, attempt, end.started, end.state, end.reason)
+            if end.reason is not None:
+                say(end.reason)
+                _say_how_to_go_on(run, newest_step(run, config))
+            return end.exit_code
+        reason = f"rank {end.failure.rank}: {end.failure.message}"
+        has_stepped = len(reported_steps(run, attempt)) > 0
+        refusal = restarts.refusal(end.failure, has_stepped, forwarder.requested is not None)
+        end_run(run, attempt, end.started, State.failed, f"{reason} ({refusal})" if refusal else reason)
+        if refusal is not None:
+            if refusal:
+                say(refusal)
+            if restarts.newest_step is not None:
+                _say_how_to_go_on(run, restarts.newest_step)
+            say(str(end.failure), error=True)
+            return end.exit_code
+        attempt += 1
+        record_restart(run, attempt, restarts.newest_step or 0, reason)
+        say(str(end.failure), error=True)
+        say(f"restarting: attempt {attempt}, {where(restarts.newest_step)} ({reason})")
+
+
+@dataclass(frozen=True)
+class _End:
+    """How an attempt has ended."""
+
+    started: float
+    state: State
+    exit_code: int
+    reason: str | None = None
+    failure: Failure | None = None
+
+
+def _attempt(config: RunConfig, run: RunDirectory, attempt: int, forwarder: StopForwarder) -> _End:
+    """Run the workers once; how it ended."""
     started = time.time()
     try:
         outcomes = run_workers(run.path, attempt, world_size(config), run.agent_log(attempt, node_rank=0), forwarder)
@@ -61,22 +103,29 @@ def _attempt(
         silent = [_silent_death(run, attempt, rank, code) for rank, code in died.deaths.items()]
         failure = first_failure(run, attempt, silent)
         if forwarder.requested and (failure is None or failure.killed):
-            reason = f"{forwarder.requested}; the workers were killed before they could stop together"
-            end_run(run, attempt, started, State.resumable, reason)
-            say(f"stopped: {reason}", error=True)
-            return EXIT_RESUMABLE, None
+            reason = f"stopped at once ({forwarder.requested}): the workers were killed before they could save"
+            return _End(started, State.resumable, EXIT_RESUMABLE, reason)
         failure = failure or _unknown_death(run, attempt)
-        end_run(run, attempt, started, State.failed, f"rank {failure.rank}: {failure.message}")
-        say(str(failure), error=True)
-        return failure.exit_code, failure
+        return _End(started, State.failed, failure.exit_code, failure=failure)
     outcome = outcomes[0]
     if outcome.finished:
-        end_run(run, attempt, started, State.finished, None)
-        return EXIT_FINISHED, None
-    reason = f"stopped on request ({forwarder.requested or 'a signal to a worker'}) after step {outcome.step}"
-    end_run(run, attempt, started, State.resumable, reason)
-    say(reason)
-    return EXIT_RESUMABLE, None
+        return _End(started, State.finished, EXIT_FINISHED)
+    asked = forwarder.requested or "a signal to a worker"
+    reason = f"stopped on request ({asked}) after step {outcome.step}"
+    return _End(started, State.resumable, EXIT_RESUMABLE, reason)
+
+
+def _introduce(entry: Entry, config: RunConfig) -> None:
+    """The first lines that a launch prints."""
+    workers = f"{world_size(config)} worker(s) on {config.device.value}"
+    attempt = f"attempt {entry.attempt}, " if entry.attempt else ""
+    say(f"run: {shown(entry.run.path)}  ({attempt}{workers})")
+    for change in entry.changes:
+        say(f"changed: {change.key}: {change.before} → {change.after}")
+
+
+def _say_how_to_go_on(run: RunDirectory, step: int | None) -> None:
+    say(f"to go on, {where(step)}: launch resume {shlex.quote(shown(run.path))}")
 
 
 def _silent_death(run: RunDirectory, attempt: int, rank: int, exit_code: int) -> Failure:
@@ -105,9 +154,3 @@ def _unknown_death(run: RunDirectory, attempt: int) -> Failure:
     log = run.agent_log(attempt, node_rank=0)
     message = "A worker ended before it could say anything; the agent's log tells which."
     return Failure(rank=0, host=socket.gethostname(), log=str(log), message=message)
-
-
-def _shown(path: Path) -> str:
-    """Relative to the current folder where that is shorter."""
-    relative = os.path.relpath(path)
-    return relative if len(relative) < len(str(path)) else str(path)

@@ -1,30 +1,55 @@
 """Workers that exist already: torchrun has started them, each runs this program, and they agree on one run.
 
-Rank 0 composes the configuration and makes the run directory; the others learn of it through the
-store that torchrun gave them all. What torchrun restarts goes on in the same directory.
+Rank 0 composes the configuration and enters the run; the others learn of it through the store that torchrun
+gave them all. What torchrun restarts goes on in the same directory.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Never
 
-from launcher.clusters.attempts import create_run, end_run
+from launcher.clusters.attempts import begin_attempt, end_run, record_lost_attempts
+from launcher.clusters.entering import enter
+from launcher.clusters.folders import move_to
+from launcher.clusters.resuming import RESUME, compose_resumed
 from launcher.environment import Ranks
-from launcher.errors import EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE, ConfigurationError, RequestError
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE, ConfigurationError, RequestError
 from launcher.orphans import die_with_parent
 from launcher.rundir import RunDirectory, State
+from launcher.rundir.access import restrict_umask
+from launcher.rundir.lock import RunLock, hold_as_worker
 
 __all__ = ["join"]
 
 _VERDICT_KEY = "tminus/run"
-_RUN, _NOTHING, _REFUSED = "run:", "nothing", "refused"
 _COMPOSE_TIMEOUT = timedelta(minutes=10)
+_LOCK_PATIENCE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What rank 0 tells the others."""
+
+    exit_code: int = EXIT_FINISHED
+    """If there is no run to work at."""
+    run: str | None = None
+    """The run's directory."""
+    first_attempt: int = 0
+    """Of this torchrun."""
+    folder: str = ""
+    """The folder to work in."""
+
+
+_locks: list[RunLock] = []
+"""Rank 0's, held until the process ends."""
 
 
 def join(arguments: Sequence[str]) -> int:
@@ -34,25 +59,33 @@ def join(arguments: Sequence[str]) -> int:
         arguments: the command line without the program's name.
     """
     die_with_parent()
+    restrict_umask()
     ranks = Ranks.from_environment(os.environ)
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     store = _store()
-    if ranks.rank == 0 and attempt == 0:
-        verdict = _REFUSED
+    if ranks.rank == 0 and restarts == 0:
+        verdict = _Verdict(EXIT_REQUEST)
         try:
             verdict = _compose(arguments, ranks)
         except SystemExit as answered:
-            verdict = _NOTHING if not answered.code else _REFUSED
+            verdict = _Verdict(EXIT_REQUEST if answered.code else EXIT_FINISHED)
             raise
         except RequestError as error:
             print(f"launch: {error}", file=sys.stderr, flush=True)
         finally:
-            store.set(_VERDICT_KEY, verdict)
+            store.set(_VERDICT_KEY, json.dumps(asdict(verdict)))
     store.wait([_VERDICT_KEY], _COMPOSE_TIMEOUT)
-    verdict = store.get(_VERDICT_KEY).decode()
-    if not verdict.startswith(_RUN):
-        return EXIT_FINISHED if verdict == _NOTHING else EXIT_REQUEST
-    return _work(RunDirectory(Path(verdict.removeprefix(_RUN))), attempt, ranks)
+    verdict = _Verdict(**json.loads(store.get(_VERDICT_KEY)))
+    if verdict.run is None:
+        return verdict.exit_code
+    if Path(verdict.folder) != Path.cwd():
+        move_to(Path(verdict.folder))
+    run, attempt = RunDirectory(Path(verdict.run)), verdict.first_attempt + restarts
+    if ranks.rank == 0 and restarts > 0:
+        lock = RunLock.take(run, _LOCK_PATIENCE_SECONDS, workers_may_be_there=True)
+        _locks.append(lock)
+        record_lost_attempts(run, lock.previous, before=attempt)
+    return _work(run, attempt, ranks)
 
 
 def _store() -> Any:
@@ -66,8 +99,8 @@ def _store() -> Any:
     return store
 
 
-def _compose(arguments: Sequence[str], ranks: Ranks) -> str:
-    """The verdict for all ranks: the new run's directory."""
+def _compose(arguments: Sequence[str], ranks: Ranks) -> _Verdict:
+    """Compose and enter the run."""
     from launcher.config.compose import compose
     from launcher.config.prepare import Machine, prepare
     from launcher.config.schema import RunConfig
@@ -75,17 +108,24 @@ def _compose(arguments: Sequence[str], ranks: Ranks) -> str:
     if {"-m", "--multirun"} & set(arguments):
         raise ConfigurationError("A sweep (-m) starts its own workers: use launch -m … without torchrun.")
     machine = Machine(ranks.world_size // ranks.local_world_size, ranks.local_world_size)
-    verdicts: list[str] = []
+    resumes = arguments[:1] == [RESUME]
+    verdicts = [_Verdict()]
 
     def command(config: RunConfig, warnings: list[str]) -> None:
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        run = create_run(config, ["torchrun", "-m", "launcher", *arguments])
-        print(f"run: {run.path}  ({ranks.world_size} worker(s) on {config.device.value})", flush=True)
-        verdicts.append(f"{_RUN}{run.path}")
+        entry = enter(config, ["torchrun", "-m", "launcher", *arguments], job_may_change=resumes)
+        if entry.lock is None:
+            print(f"the run {entry.run.path} has finished", flush=True)
+            return
+        _locks.append(entry.lock)
+        print(f"run: {entry.run.path}  ({ranks.world_size} worker(s) on {config.device.value})", flush=True)
+        verdicts.append(_Verdict(run=str(entry.run.path), first_attempt=entry.attempt, folder=str(Path.cwd())))
 
-    compose(arguments, lambda config: prepare(config, machine), command)
-    return verdicts[0] if verdicts else _NOTHING
+    composing = compose_resumed if resumes else compose
+    words = arguments[1:] if resumes else arguments
+    composing(words, lambda config: prepare(config, machine), command)
+    return verdicts[-1]
 
 
 def _work(run: RunDirectory, attempt: int, ranks: Ranks) -> Never:
@@ -93,7 +133,12 @@ def _work(run: RunDirectory, attempt: int, ranks: Ranks) -> Never:
     from launcher.rundir.failures import Failure, first_failure
     from launcher.worker import leave_now, live
 
+    if not hold_as_worker(run):
+        leave_now(EXIT_FAILED)
     started = time.time()
+    if ranks.rank == 0:
+        _locks[-1].sign(attempt)
+        begin_attempt(run, attempt)
 
     def on_failure(failure: Failure, streams: Streams) -> None:
         first = first_failure(run, attempt) or failure

@@ -5,6 +5,7 @@ Hydra runs here, in the launching process, and nowhere else: workers load ``conf
 
 from __future__ import annotations
 
+import importlib.resources
 import logging
 import os
 import re
@@ -27,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config.nearest import nearest
+from launcher.config.resumed import PRIMARY, store_resumed
 from launcher.config.schema import RunConfig
 from launcher.config.words import in_words
 from launcher.errors import ConfigurationError, RequestError
@@ -42,6 +44,7 @@ def compose(
     argv: Sequence[str],
     prepare: Callable[[RunConfig], list[str]],
     command: Callable[[RunConfig, list[str]], float | None],
+    beginning: RunConfig | None = None,
 ) -> None:
     """Let Hydra act on ``argv``: show something and exit, or run ``command`` on each composed run.
 
@@ -50,6 +53,8 @@ def compose(
         prepare: fills in and checks a configuration, returns warnings; in a sweep it sees every run before
             the first starts.
         command: does the work, given the warnings; its result is what a sweeper optimises.
+        beginning: what the command line changes, in place of the shipped defaults: a run's configuration. A group
+            that is chosen anew (``parallel=fsdp``) replaces the run's own as a whole.
 
     Raises:
         ConfigurationError: the configuration does not compose, or is wrong.
@@ -58,8 +63,12 @@ def compose(
     task = _Task(prepare, command)
     ConfigStore.instance().store(name="tminus_schema", node=RunConfig)
     _register_plugins(_project_folders(argv))
+    primary = "launch"
+    if beginning is not None:
+        places = [*_project_folders(argv), importlib.resources.files("launcher.conf")]
+        primary, argv = PRIMARY, store_resumed(beginning, argv, places)
     logging.getLogger("hydra").setLevel(logging.CRITICAL)  # what it logs it also raises, and that is put in words here
-    decorated = hydra_main(version_base="1.3", config_path=_SHIPPED, config_name="launch")(task)
+    decorated = hydra_main(version_base="1.3", config_path=_SHIPPED, config_name=primary)(task)
     with _hydra_environment(argv):
         try:
             decorated()
@@ -118,8 +127,6 @@ class SweepLauncher(BasicLauncher):
 
 def experiments(argv: Sequence[str] = ()) -> list[tuple[str, str]]:
     """The experiments that can be chosen here, a project's own first: (name, first comment line)."""
-    import importlib.resources
-
     shipped = importlib.resources.files("launcher.conf") / "experiment"
     folders: list[Any] = [folder / "experiment" for folder in _project_folders(argv)]
     found: dict[str, str] = {}

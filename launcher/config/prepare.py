@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from launcher.config.rules import check
 from launcher.config.schema import Device, RunConfig
@@ -35,6 +36,8 @@ def prepare(config: RunConfig, machine: Machine | None = None) -> list[str]:
         config.cluster.processes_per_node = machine.processes_per_node
     elif config.cluster.processes_per_node is None:
         config.cluster.processes_per_node = num_gpus or _CPU_WORKERS
+    if config.train.init_from is not None:
+        config.train.init_from = str(Path(config.train.init_from).absolute())  # a run may be resumed from elsewhere
     warnings = check(config, num_gpus)
     from launcher.config.targets import check_targets  # imports the user's code, and torch
 

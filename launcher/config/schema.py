@@ -158,6 +158,9 @@ class TrainConfig:
     """Run the model through torch.compile."""
     num_data_workers: int = 0
     """DataLoader processes per worker; 0: load in the worker itself."""
+    init_from: str | None = None
+    """A .safetensors file (see launch export) with the weights to begin with; null: those that the job builds. A run
+    that has a checkpoint goes on from that instead."""
 
 
 @dataclass(kw_only=True)
@@ -294,7 +297,8 @@ class ClusterConfig:
     processes_per_node: int | None = None
     """Workers per machine; null: one per GPU, or 2 where there is none."""
     max_restarts: int = 0
-    """Restarts without progress after a worker failed; a failure before the first step is never retried."""
+    """Restarts after a worker has failed, counted anew from each newly published checkpoint; 0: none. A launch's
+    failure before its first step is not retried."""
 
 
 @dataclass(kw_only=True)
@@ -318,7 +322,7 @@ class RunConfig:
     runs_root: str = "runs"
     """The folder of all runs, relative to the current folder."""
     run_dir: str | None = None
-    """A run directory to use instead of a new one below runs_root."""
+    """A run directory to use instead of a new one below runs_root. A run that is there already goes on."""
     job: dict[str, Any] = field(default_factory=dict)
     """The learning problem: _target_ (a launcher.Job) and its arguments."""
     train: TrainConfig = field(default_factory=TrainConfig)

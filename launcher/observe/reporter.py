@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from launcher.config.schema import RunConfig
 from launcher.observe.console import Console
 from launcher.observe.terminal import Terminal
 from launcher.rundir import RunDirectory, State, Status
+from launcher.rundir.records import open_to_append
 
 __all__ = ["Reporter", "RunFacts", "StepTiming", "build_reporter"]
 
@@ -38,6 +40,8 @@ class Numbers(Protocol):
     def rate_factor(self) -> float: ...
     @property
     def applied_steps(self) -> int: ...
+    @property
+    def stop(self) -> bool: ...
     @property
     def wire_bytes(self) -> int: ...
     @property
@@ -91,13 +95,16 @@ class Reporter:
 class RunReporter(Reporter):
     """The first rank's: metrics.jsonl, the console, status.json."""
 
-    def __init__(self, run: RunDirectory, facts: RunFacts, console: Console, status: Status) -> None:
+    def __init__(
+        self, run: RunDirectory, facts: RunFacts, console: Console, status: Status, stopping: Callable[[], bool]
+    ) -> None:
         self._run = run
         self._facts = facts
         self._console = console
         self._status = status
         self._status_written = 0.0
-        self._file = run.metrics.open("a", encoding="utf-8", buffering=1)
+        self._stopping = stopping
+        self._file = open_to_append(run.metrics)
 
     def step(self, numbers: Numbers, timing: StepTiming) -> None:
         """A line, a sign of life on the console, and now and then the status."""
@@ -123,9 +130,11 @@ class RunReporter(Reporter):
             line["compression_error"] = numbers.compression_error
         self._write("train", line)
         self._console.step(line)
-        if time.monotonic() - self._status_written > _STATUS_SECONDS:
+        stopping = numbers.stop or self._stopping()
+        if numbers.stop or time.monotonic() - self._status_written > _STATUS_SECONDS:
             self._status_written = time.monotonic()
-            self._status.now(State.running, step=numbers.step).write(self._run.status)
+            state = State.stopping if stopping else State.running
+            self._status.now(state, step=numbers.step).write(self._run.status)
 
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         """A line of its own."""
@@ -162,10 +171,24 @@ def _memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def build_reporter(run: RunDirectory, facts: RunFacts, terminal: Terminal | None, status: Status) -> Reporter:
-    """The report of the rank that has the terminal; a rank without one is silent."""
+def build_reporter(
+    run: RunDirectory,
+    facts: RunFacts,
+    terminal: Terminal | None,
+    status: Status,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Reporter:
+    """The report of the rank that has the terminal; a rank without one is silent.
+
+    Args:
+        run: where to report to.
+        facts: of this attempt.
+        terminal: of the first rank.
+        status: to be kept up to date.
+        stopping: whether this rank has been asked to stop.
+    """
     if terminal is None:
         return Reporter()
     config = facts.config
     console = Console(terminal, config.tracking.console.value, config.name, facts.total_steps, config.train.log_every)
-    return RunReporter(run, facts, console, status)
+    return RunReporter(run, facts, console, status, stopping)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import secrets
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,7 +38,7 @@ class RunDirectory:
             if run_dir is not None:
                 return cls._create_at(Path(run_dir).absolute())
             parent = runs_root.absolute() / name
-            parent.mkdir(parents=True, exist_ok=True)
+            _make_folders(parent)
             while True:
                 stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
                 path = parent / f"{stamp}-{secrets.token_hex(2)}"
@@ -54,10 +56,13 @@ class RunDirectory:
 
     @classmethod
     def _create_at(cls, path: Path) -> RunDirectory:
-        path.mkdir(mode=_ONLY_OWNER_WRITES, parents=True, exist_ok=True)
-        if any(path.iterdir()):
+        _make_folders(path)
+        run = cls(path)
+        if any(entry not in (run.launcher_lock, run.workers_lock) for entry in path.iterdir()):
             raise ConfigurationError(f"run_dir={path} is not empty: name a new folder, or leave run_dir out.")
-        return cls(path)
+        if path.stat().st_uid == os.geteuid():
+            path.chmod(path.stat().st_mode & _ONLY_OWNER_WRITES)
+        return run
 
     @property
     def id(self) -> str:
@@ -66,8 +71,41 @@ class RunDirectory:
 
     @property
     def config(self) -> Path:
-        """The resolved configuration that every worker of every attempt loads; written once."""
+        """The resolved configuration that the run began with; written once."""
         return self.path / "config.yaml"
+
+    def config_from(self, attempt: int) -> Path:
+        """The resolved configuration of ``attempt`` and those after it, if they were resumed with changes."""
+        return self.path / f"config-attempt-{attempt}.yaml"
+
+    def configs(self) -> list[Path]:
+        """All of them, in the order in which they came into force."""
+        changed = [
+            (int(found[1]), path)
+            for path in self.path.glob("config-attempt-*.yaml")
+            if (found := re.fullmatch(r"config-attempt-(\d+)\.yaml", path.name))
+        ]
+        return [self.config, *(path for _, path in sorted(changed))]
+
+    def config_of(self, attempt: int) -> Path:
+        """The configuration that every worker of an attempt loads."""
+        in_force = [path for path in self.configs()[1:] if int(path.stem.rpartition("-")[2]) <= attempt]
+        return in_force[-1] if in_force else self.config
+
+    @property
+    def launcher_lock(self) -> Path:
+        """Held by the launching process, whose name is in it; see ``lock``."""
+        return self.path / "launcher.lock"
+
+    @property
+    def workers_lock(self) -> Path:
+        """Shared by the workers."""
+        return self.path / "workers.lock"
+
+    def begun_attempts(self) -> list[int]:
+        """The numbers of the attempts that have left logs."""
+        found = (re.fullmatch(r"attempt-(\d+)", path.name) for path in (self.path / "logs").glob("attempt-*"))
+        return sorted(int(match[1]) for match in found if match)
 
     @property
     def provenance(self) -> Path:
@@ -114,3 +152,10 @@ class RunDirectory:
     def agent_log(self, attempt: int, node_rank: int) -> Path:
         """What torch's elastic agent on one node had to say."""
         return self.attempt_logs(attempt) / f"agent-{node_rank}.log"
+
+
+def _make_folders(path: Path) -> None:
+    """``path`` and the folders above it that do not exist; others cannot write into those, whatever the umask."""
+    for folder in [*reversed(path.parents), path]:
+        if not folder.is_dir():
+            folder.mkdir(mode=_ONLY_OWNER_WRITES, exist_ok=True)

@@ -37,7 +37,7 @@ def test_the_demo_trains_and_leaves_a_complete_run(start: Start, tmp_path: Path)
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     logs = {"logs/attempt-0/rank-0.log", "logs/attempt-0/rank-1.log"}
     expected = {"config.yaml", "provenance.json", "status.json", "attempts.jsonl", "metrics.jsonl", "result.json"}
-    assert names == expected | logs
+    assert names == expected | logs | {"launcher.lock", "workers.lock"}
     result = json.loads((run / "result.json").read_text())
     assert set(result) == {"state", "step", "loss", "validation", "parameters_digest", "seconds"}
     assert (result["state"], result["step"]) == ("finished", 200)

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from launcher.clusters.attempts import create_run, end_run, reported_steps
+from launcher.clusters.attempts import end_run, reported_steps
+from launcher.clusters.entering import enter
 from launcher.config.files import load_config
 from launcher.errors import ConfigurationError
 from launcher.rundir import RunDirectory, State, Status, append_json_line, layout, read_json, records, write_json
@@ -71,7 +72,7 @@ def test_runs_made_in_the_same_second_never_collide(tmp_path: Path, monkeypatch:
 @pytest.mark.usefixtures("_open_umask")
 def test_others_may_never_write_into_a_run(tmp_path: Path) -> None:
     config = good_config(runs_root=str(tmp_path / "runs"))
-    made = [create_run(config, ["launch"]).path, RunDirectory.create(tmp_path, "x", str(tmp_path / "own")).path]
+    made = [enter(config, ["launch"]).run.path, RunDirectory.create(tmp_path, "x", str(tmp_path / "own")).path]
     for path in [*made, *(file for folder in made for file in folder.iterdir())]:
         assert not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH), path
 
@@ -142,7 +143,7 @@ def test_a_status_reads_back_equal(tmp_path: Path) -> None:
 
 def test_a_new_run_holds_all_that_is_known_before_it_starts(tmp_path: Path) -> None:
     config = good_config(runs_root=str(tmp_path))
-    run = create_run(config, ["launch", "name=a b"])
+    run = enter(config, ["launch", "name=a b"]).run
     assert load_config(run.config) == config
     assert Status.read(run.status).state is State.running
     made = read_json(run.provenance)
@@ -151,7 +152,7 @@ def test_a_new_run_holds_all_that_is_known_before_it_starts(tmp_path: Path) -> N
 
 
 def test_the_end_of_an_attempt_is_written_down(tmp_path: Path) -> None:
-    run = create_run(good_config(runs_root=str(tmp_path)), ["launch"])
+    run = enter(good_config(runs_root=str(tmp_path)), ["launch"]).run
     for attempt, step in [(0, 1), (0, 2), (1, 2), (1, 3), (1, 4)]:
         append_json_line(run.metrics, {"kind": "train", "attempt": attempt, "step": step})
     append_json_line(run.metrics, {"kind": "validation", "attempt": 1, "step": 9})

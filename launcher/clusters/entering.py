@@ -1,0 +1,154 @@
+"""Entering a run: a new one, or one to go on with; alone, and only if it is safe and the same run."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launcher.checkpoint.safety import writable_by_others
+from launcher.clusters.attempts import record_lost_attempts
+from launcher.clusters.safety import TRUST, refuse_shared_run
+from launcher.config.differences import Difference, differences, fixed_differences
+from launcher.config.files import load_config, to_yaml
+from launcher.config.schema import RunConfig
+from launcher.errors import RunError
+from launcher.rundir import RunDirectory, State, Status, read_json, write_json
+from launcher.rundir.access import restrict_umask
+from launcher.rundir.lock import RunLock
+from launcher.rundir.provenance import provenance
+from launcher.rundir.records import drop_cut_line, write_text
+
+__all__ = ["Entry", "enter"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run that this process may launch."""
+
+    run: RunDirectory
+    attempt: int
+    """The number of the next attempt."""
+    changes: tuple[Difference, ...] = ()
+    """What has another value than in the attempt before."""
+    lock: RunLock | None = None
+    """Held; None if the run had finished, and there is nothing to do."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run had come to its end before."""
+        return self.lock is None
+
+
+def enter(config: RunConfig, command: Sequence[str], job_may_change: bool = False) -> Entry:
+    """Make the run's directory, or go on with the run in ``config.run_dir``.
+
+    Args:
+        config: prepared and checked.
+        command: the command line, for the record.
+        job_may_change: of a run that exists, whether the job's arguments may be others than before.
+
+    Raises:
+        ConfigurationError: no directory can be made there.
+        RunError: another launch writes the run, another user could have, or it is not the run of this configuration.
+    """
+    restrict_umask()
+    if config.run_dir is not None and (run := RunDirectory(Path(config.run_dir).absolute())).config.is_file():
+        return _go_on(run, config, command, job_may_change)
+    _check_initial_weights(config)
+    run = RunDirectory.create(Path(config.runs_root), config.name, config.run_dir)
+    lock = _take(run)
+    if run.config.is_file():  # another launch has made the same run in between
+        lock.release()
+        return _go_on(run, config, command, job_may_change)
+    if reason := writable_by_others(run.path):  # a folder of somebody else's, or a file system without modes
+        print(f"warning: {reason}: the run will not be gone on with, except by {TRUST}", file=sys.stderr)
+    write_text(run.config, to_yaml(config))
+    write_json(run.provenance, provenance(command, Path.cwd()))
+    Status(State.running, hosts=(socket.gethostname(),)).write(run.status)
+    return Entry(run, attempt=0, lock=lock)
+
+
+def _go_on(run: RunDirectory, config: RunConfig, command: Sequence[str], job_may_change: bool) -> Entry:
+    refuse_shared_run(run, config.checkpoint.trust_shared_directory)
+    if _has_finished(run, config):
+        return Entry(run, attempt=0)
+    _same_run(run, config, job_may_change)  # before anything is written
+    lock = _take(run)
+    try:
+        if _has_finished(run, config):  # while we were looking
+            lock.release()
+            return Entry(run, attempt=0)
+        before = _same_run(run, config, job_may_change)
+        attempt = _next_attempt(run, lock, command)
+        changes = differences(before, config)
+        if changes:
+            resolved = replace(config, run_dir=before.run_dir, runs_root=before.runs_root)
+            write_text(run.config_from(attempt), to_yaml(resolved))
+    except BaseException:
+        lock.release()
+        raise
+    return Entry(run, attempt, tuple(changes), lock)
+
+
+def _same_run(run: RunDirectory, config: RunConfig, job_may_change: bool) -> RunConfig:
+    """The run's configuration so far; raises RunError if ``config`` would make it another run."""
+    before = load_config(run.configs()[-1])
+    fixed = fixed_differences(before, config, job_may_change)
+    if fixed:
+        lines = [
+            f"The run {run.path} cannot go on with this configuration, it would be another run:",
+            *(f"  {difference}" for difference in fixed),
+            "Repeat the run's own values, or start a new run: leave run_dir out.",
+        ]
+        raise RunError("\n".join(lines))
+    return before
+
+
+def _next_attempt(run: RunDirectory, lock: RunLock, command: Sequence[str]) -> int:
+    """Clear up what a killed launch has left, and write down that this one has come."""
+    drop_cut_line(run.metrics)
+    drop_cut_line(run.attempts)
+    attempt = record_lost_attempts(run, lock.previous) + 1
+    _add_provenance(run, attempt, command)
+    run.result.unlink(missing_ok=True)  # of a run that had finished, and is to go on for longer
+    step = Status.read(run.status).step if run.status.exists() else 0
+    Status(State.running, attempt=attempt, step=step, hosts=(socket.gethostname(),)).write(run.status)
+    return attempt
+
+
+def _take(run: RunDirectory) -> RunLock:
+    lock = RunLock.take(run)
+    if not lock.works:
+        print(
+            f"warning: the file system of {run.path} has no locks: see to it that no second launch writes there",
+            file=sys.stderr,
+        )
+    return lock
+
+
+def _has_finished(run: RunDirectory, config: RunConfig) -> bool:
+    """Whether the run's end has been reached, and no later one is asked for."""
+    if not run.result.exists() or Status.read(run.status).state is not State.finished:
+        return False
+    before = load_config(run.configs()[-1])
+    if config.train.max_steps is not None:
+        return config.train.max_steps <= int(read_json(run.result)["step"])
+    return before.train.max_epochs is not None and (config.train.max_epochs or 0) <= before.train.max_epochs
+
+
+def _check_initial_weights(config: RunConfig) -> None:
+    weights = config.train.init_from
+    if weights is not None and not Path(weights).is_file():
+        raise RunError(
+            f"train.init_from={weights}: there is no such file. Give a file of weights as launch export writes it."
+        )
+
+
+def _add_provenance(run: RunDirectory, attempt: int, command: Sequence[str]) -> None:
+    """Where this launch comes from, beside what was written down about the first."""
+    known = read_json(run.provenance) if run.provenance.exists() else {}
+    this = {"attempt": attempt, **provenance(command, Path.cwd())}
+    write_json(run.provenance, {**known, "resumed": [*known.get("resumed", []), this]})

@@ -1,0 +1,83 @@
+"""Weights to begin with, from a file: every rank takes its part, whatever the strategy and the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from launcher.errors import RequestError
+
+__all__ = ["load_initial_weights"]
+
+_SHOWN = 10
+
+
+@torch.no_grad()
+def load_initial_weights(module: nn.Module, path: Path) -> None:
+    """Fill a model, laid out over the ranks, from a .safetensors file; no communication.
+
+    The file must hold exactly the names of the model's ``state_dict``; of tied weights one name is enough. One tensor
+    of the file is in memory at a time.
+
+    Args:
+        module: parameters plain or DTensors; changed in place.
+        path: as ``launch export`` writes it, or anybody else.
+
+    Raises:
+        RequestError: the file is none, or its names or shapes are not the model's, all in one message.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+            places = _places(module)
+            _check(places, shapes, path)
+            for name in shapes:
+                _fill(places[name], file.get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        raise RequestError(f"train.init_from={path} cannot be read as a .safetensors file: {error}.") from error
+
+
+def _places(module: nn.Module) -> dict[str, Tensor]:
+    """Where each name's value lives: parameters and persistent buffers, tied ones under every name."""
+    return {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+
+
+def _check(places: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    given = {id(places[name]) for name in shapes if name in places}
+    problems = [
+        *_listed("missing in the file", [name for name, place in places.items() if id(place) not in given]),
+        *_listed("not in the model", [name for name in shapes if name not in places]),
+        *_listed("of another shape", list(_misshapen(places, shapes))),
+    ]
+    if problems:
+        raise RequestError(
+            "\n".join([f"train.init_from={path} does not fit the model:", *problems, "Give weights of this model."])
+        )
+
+
+def _misshapen(places: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    for name, shape in shapes.items():
+        if name in places and tuple(places[name].shape) != shape:
+            yield f"{name} ({list(shape)} in the file, {list(places[name].shape)} in the model)"
+
+
+def _listed(title: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [f"  {title}: {', '.join(names[:_SHOWN])}{more}"]
+
+
+def _fill(place: Tensor, value: Tensor) -> None:
+    if isinstance(place, DTensor):
+        whole = value.to(device=place.device, dtype=place.dtype)
+        # Every rank has read the same value and takes its part.
+        place.copy_(distribute_tensor(whole, place.device_mesh, place.placements, src_data_rank=None))
+    else:
+        place.copy_(value)

@@ -1,0 +1,171 @@
+"""``launch export RUN out.safetensors``: a run's weights in one file that plain PyTorch loads.
+
+The file holds every name of the model's ``state_dict``. safetensors refuses tensors that share memory, so weights
+that are tied in the model are written once for each name: ``load_state_dict(load_file(path))`` is strict, and fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Never
+
+from launcher.checkpoint import Checkpoint, CheckpointStore
+from launcher.clusters.safety import refuse_shared_run
+from launcher.config.schema import Dtype, Verify
+from launcher.errors import EXIT_FINISHED, CheckpointError, RequestError
+from launcher.rundir import RunDirectory
+from launcher.rundir.find import find_run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["act"]
+
+_TRUST = "--trust-shared-directory"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Has its errors put like all others of the command."""
+
+    def error(self, message: str) -> Never:
+        raise RequestError(f"launch export: {message}. {self.format_usage().strip()}")
+
+
+def act(words: Sequence[str]) -> int:
+    """Write a checkpoint's weights to a file; returns the exit code.
+
+    Raises:
+        RunError: no run is meant, or several; or another user could have written into it.
+        CheckpointError: there is no valid checkpoint.
+        RequestError: the file cannot be written there, or the weights do not fit the type.
+    """
+    options = _parser().parse_args(list(words))
+    target = Path(options.file)
+    _check_target(target, options.force)
+    run = find_run(options.run, Path(options.runs_root))
+    refuse_shared_run(run, options.trust_shared_directory, how_to_trust=_TRUST)
+    checkpoint = _chosen(run, options.step, options.trust_shared_directory)
+    from launcher.checkpoint.weights import load_model_weights
+
+    weights = load_model_weights(checkpoint)
+    dtype = Dtype(options.dtype)
+    metadata = {
+        "format": "pt",
+        "tminus_run": f"{run.path.parent.name}/{run.id}",
+        "tminus_step": str(checkpoint.step),
+        "tminus_tied": json.dumps(_tied(weights)),
+    }
+    _write(_converted(weights, dtype), metadata, target)
+    print(f"{target}: {len(weights)} tensors of step {checkpoint.step} as {dtype.value}")
+    return EXIT_FINISHED
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="launch export",
+        description="Write a run's weights to a .safetensors file that plain PyTorch loads.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="a path, an id, an unambiguous beginning of one, or latest")
+    parser.add_argument("file", metavar="FILE", help="where to write, such as out.safetensors")
+    parser.add_argument("--dtype", choices=[dtype.value for dtype in Dtype], default=Dtype.float32.value)
+    parser.add_argument("--step", type=int, help="of the checkpoint; the newest valid one if not given")
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    parser.add_argument("--runs-root", default="runs", metavar="FOLDER", help="the folder of all runs")
+    parser.add_argument(_TRUST, action="store_true", help="load what another user could have written")
+    return parser
+
+
+def _check_target(target: Path, force: bool) -> None:
+    if target.is_dir() or not target.name:
+        raise RequestError(f"{target} is a folder: name a file in it, such as {target / 'model.safetensors'}.")
+    if target.exists() and not force:
+        raise RequestError(f"{target} is there already: name another file, or replace it with --force.")
+    if not os.access(target.parent, os.W_OK):
+        raise RequestError(f"{target} cannot be written: {target.parent} is no folder that you can write to.")
+
+
+def _chosen(run: RunDirectory, step: int | None, trusted: bool) -> Checkpoint:
+    """The checkpoint that was asked for, or the newest valid one; every byte of it has been looked at."""
+    store = CheckpointStore(run.checkpoints)
+    there = {checkpoint.step: checkpoint for checkpoint in store.candidates()}
+    if not there:
+        raise CheckpointError(f"The run {run.path} has no checkpoint: there are no weights to export.")
+    if step is not None:
+        if step not in there:
+            known = ", ".join(str(number) for number in sorted(there))
+            raise CheckpointError(f"--step {step}: there is no such checkpoint. There are those of step {known}.")
+        problem = there[step].problem(Verify.full, trusted)
+        if problem is not None:
+            raise CheckpointError(f"{there[step].path} cannot be used: {problem}.")
+        return there[step]
+    found = store.newest_valid(Verify.full, trusted)
+    passed_over = "\n".join(f"  {path}: {reason}" for path, reason in found.passed_over)
+    if found.checkpoint is None:
+        raise CheckpointError(f"The run {run.path} has no checkpoint that can be used:\n{passed_over}")
+    if passed_over:
+        print(f"warning: passed over:\n{passed_over}")
+    return found.checkpoint
+
+
+def _tied(weights: dict[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that the model knows under an earlier name too, with that name."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, tensor in weights.items():
+        if id(tensor) in first:
+            tied[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+    return tied
+
+
+def _converted(weights: dict[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
+    """Floating-point values in ``dtype``, others as they are; each tensor in memory of its own."""
+    import torch
+
+    target: torch.dtype = getattr(torch, dtype.value)
+    converted: dict[str, Tensor] = {}
+    too_large = []
+    owners: set[int] = set()
+    for name, tensor in weights.items():
+        value = tensor.to(target) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point() and not torch.equal(value.isfinite(), tensor.isfinite()):
+            too_large.append(name)
+        value = value.contiguous()
+        converted[name] = value.clone() if value.data_ptr() in owners else value
+        owners.add(value.data_ptr())
+    if too_large:
+        shown = ", ".join(too_large[:5]) + (f" and {len(too_large) - 5} more" if len(too_large) > 5 else "")
+        raise RequestError(f"--dtype {dtype.value} has no room for values of {shown}: use bfloat16 or float32.")
+    return converted
+
+
+def _write(weights: dict[str, Tensor], metadata: dict[str, str], target: Path) -> None:
+    """The whole file or none: a temporary one beside it, synced, then renamed."""
+    from safetensors.torch import save_file
+
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        save_file(weights, temporary, metadata)
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fchmod(descriptor, 0o666 & ~_umask())  # safetensors makes a file that only its owner can read
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, target)
+    except Exception as error:  # safetensors has exceptions of its own for a full disk
+        raise RequestError(f"{target} could not be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask

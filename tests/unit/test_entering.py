@@ -1,0 +1,203 @@
+"""Going on with a run: only the same one, alone, not somebody else's; what is written down, and what is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.clusters.attempts import end_run
+from launcher.clusters.entering import Entry, enter
+from launcher.clusters.safety import refuse_shared_run
+from launcher.config.files import load_config
+from launcher.config.schema import RunConfig
+from launcher.errors import RunError
+from launcher.rundir import RunDirectory, State, Status, append_json_line, read_json, write_json
+from tests.unit.configs import good_config
+
+
+@pytest.fixture(autouse=True)
+def _umask() -> Iterator[None]:
+    """Entering makes the process's umask stricter."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def configured(tmp_path: Path, **changes: Any) -> RunConfig:
+    return good_config(run_dir=str(tmp_path / "run"), **changes)
+
+
+def entered(config: RunConfig, **options: Any) -> Entry:
+    entry = enter(config, ["launch", "x"], **options)
+    if entry.lock is not None:
+        entry.lock.release()
+    return entry
+
+
+def begin(tmp_path: Path, *, finished_at: int | None = None) -> RunDirectory:
+    """A run with one attempt behind it."""
+    run = entered(configured(tmp_path)).run
+    run.attempt_logs(0).mkdir(parents=True)
+    end_run(run, 0, time.time(), State.finished if finished_at else State.resumable, None)
+    if finished_at:
+        write_json(run.result, {"step": finished_at})
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def attempts(run: RunDirectory) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.attempts.read_text().splitlines()]
+
+
+def test_the_same_configuration_goes_on_with_the_next_attempt(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    before = run.config.stat().st_mtime_ns
+    entry = entered(configured(tmp_path))
+    assert (entry.run, entry.attempt, entry.changes) == (run, 1, ())
+    assert run.config.stat().st_mtime_ns == before
+    assert run.configs() == [run.config]
+    assert Status.read(run.status).attempt == 1
+    assert [launch["attempt"] for launch in read_json(run.provenance)["resumed"]] == [1]
+
+
+def test_changes_are_written_beside_the_first_configuration_for_this_attempt_and_later_ones(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    first = run.config.read_bytes()
+    entry = entered(configured(tmp_path, train__max_steps=200, optimizer__lr=0.5, cluster__processes_per_node=4))
+    keys = {change.key for change in entry.changes}
+    assert keys == {"train.max_steps", "optimizer.lr", "cluster.processes_per_node"}
+    assert run.config.read_bytes() == first
+    assert run.config_of(0) == run.config
+    assert run.config_of(1) == run.config_of(7) == run.path / "config-attempt-1.yaml"
+    assert load_config(run.config_of(1)).train.max_steps == 200
+    run.attempt_logs(1).mkdir(parents=True)
+    assert entered(configured(tmp_path, train__max_steps=200, optimizer__lr=0.5)).changes[0].key.startswith("cluster")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed: 0 there, 1 here"),
+        ({"name": "else"}, "name: run there, else here"),
+        ({"job__width": 3}, "job.width: null there, 3 here"),
+        ({"optimizer___target_": "torch.optim.SGD"}, "optimizer._target_: torch.optim.AdamW there"),
+    ],
+)
+def test_what_would_make_it_another_run_is_refused_and_nothing_is_written(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    run = begin(tmp_path)
+    before = contents(run.path)
+    with pytest.raises(RunError, match="it would be another run") as caught:
+        entered(configured(tmp_path, **change))
+    assert named in str(caught.value)
+    assert contents(run.path) == before
+
+
+def test_a_jobs_arguments_may_change_where_they_were_named(tmp_path: Path) -> None:
+    begin(tmp_path)
+    assert entered(configured(tmp_path, job__width=3), job_may_change=True).changes[0].key == "job.width"
+    with pytest.raises(RunError, match=r"job\._target_"):
+        entered(configured(tmp_path, job___target_="other.Job"), job_may_change=True)
+
+
+def test_batches_of_another_shape_and_the_same_size_are_the_same_run(tmp_path: Path) -> None:
+    begin(tmp_path)
+    change = {"train__global_batch_size": None, "train__accumulation_steps": 2, "cluster__processes_per_node": 4}
+    assert entered(configured(tmp_path, **change)).attempt == 1
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
+    run = begin(tmp_path, finished_at=100)
+    before = contents(run.path)
+    assert entered(configured(tmp_path)).finished
+    assert entered(configured(tmp_path, train__max_steps=50)).finished
+    assert contents(run.path) == before
+
+
+def test_a_finished_run_goes_on_if_it_is_to_be_longer(tmp_path: Path) -> None:
+    run = begin(tmp_path, finished_at=100)
+    assert not entered(configured(tmp_path, train__max_steps=101)).finished
+    assert not run.result.exists()
+
+
+def test_an_attempt_whose_launcher_was_killed_is_written_down_by_the_next(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    entry = enter(configured(tmp_path), ["launch"])
+    assert entry.lock is not None
+    entry.lock.sign(1)
+    run.attempt_logs(1).mkdir(parents=True)
+    for step in (1, 2):
+        append_json_line(run.metrics, {"kind": "train", "attempt": 1, "step": step, "time": 2e9 + step})
+    with run.metrics.open("a") as file:
+        file.write('{"kind": "train", "att')
+    entry.lock.release()  # as the kernel does
+    assert entered(configured(tmp_path)).attempt == 2
+    _, lost = attempts(run)
+    assert (lost["attempt"], lost["ended"], lost["first_step"], lost["last_step"]) == (1, "killed", 1, 2)
+    assert lost["end"] == 2e9 + 2
+    assert "ended without a word" in lost["reason"]
+    assert run.metrics.read_text().endswith("}\n")
+
+
+def test_a_run_without_any_lost_attempt_records_none(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    entry = entered(configured(tmp_path))
+    end_run(run, entry.attempt, time.time(), State.resumable, None)
+    entered(configured(tmp_path))
+    assert [line["ended"] for line in attempts(run)] == ["resumable", "resumable"]
+
+
+@pytest.mark.parametrize("place", [".", "config.yaml", "checkpoints", "checkpoints/step-00000010"])
+@pytest.mark.parametrize(("mode", "word"), [(0o775, "group"), (0o757, "every user")])
+def test_a_run_that_others_can_write_into_is_refused(tmp_path: Path, place: str, mode: int, word: str) -> None:
+    run = begin(tmp_path)
+    (run.checkpoints / "step-00000010").mkdir(parents=True)
+    assert entered(configured(tmp_path)).attempt == 1
+    (run.path / place).chmod(mode)
+    with pytest.raises(RunError, match="another user can write into it") as caught:
+        entered(configured(tmp_path))
+    assert str(run.path / place) in str(caught.value)
+    assert word in str(caught.value)
+    assert "checkpoint.trust_shared_directory=true" in str(caught.value)
+    assert entered(configured(tmp_path, checkpoint__trust_shared_directory=True)).attempt == 2
+
+
+def test_a_run_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begin(tmp_path)
+    if os.geteuid() == 0:
+        os.chown(run.path, 12345, 12345)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(RunError, match="belongs to another user"):
+        refuse_shared_run(run, trusted=False)
+    refuse_shared_run(run, trusted=True)
+
+
+def test_a_link_to_a_folder_that_others_can_write_into_is_refused(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch").chmod(0o777)
+    run.checkpoints.symlink_to(tmp_path / "scratch")
+    with pytest.raises(RunError, match=f"{tmp_path}/scratch can be written by every user"):
+        refuse_shared_run(run, trusted=False)
+
+
+def test_weights_to_begin_with_must_exist_but_only_for_a_new_run(tmp_path: Path) -> None:
+    config = configured(tmp_path, train__init_from=str(tmp_path / "weights.safetensors"))
+    with pytest.raises(RunError, match=r"train.init_from=.*there is no such file"):
+        entered(config)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "weights.safetensors").touch()
+    entered(config)
+    (tmp_path / "weights.safetensors").unlink()
+    assert entered(config).attempt == 1

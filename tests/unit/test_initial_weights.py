@@ -1,0 +1,69 @@
+"""Weights to begin with: all of the model's, and nothing else; the rest is one message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from launcher.errors import RequestError
+from launcher.parallel.initial import load_initial_weights
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3, bias=False)
+        self.norm = nn.BatchNorm1d(3)
+        self.second = nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("left_out", [None, "first.weight", "second.weight"])
+def test_one_name_of_tied_weights_is_enough(tmp_path: Path, left_out: str | None) -> None:
+    source, model = Tied(), Tied()
+    source.norm.running_mean += 3
+    content = weights(source)
+    content.pop(left_out or "", None)
+    save_file(content, tmp_path / "file")
+    load_initial_weights(model, tmp_path / "file")
+    assert model.second.weight is model.first.weight
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+def test_half_precision_weights_are_taken_as_fp32(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    halves = {name: value.bfloat16() for name, value in weights(nn.Linear(2, 2)).items()}
+    save_file(halves, tmp_path / "file")
+    load_initial_weights(model, tmp_path / "file")
+    assert model.weight.dtype is torch.float32
+    assert torch.equal(model.weight, halves["weight"].float())
+
+
+def test_everything_that_does_not_fit_is_in_one_message_and_nothing_is_loaded(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    before = weights(model)
+    content = {"0.weight": torch.ones(3, 2), "0.bias": torch.ones(4), "1.weight": torch.ones(1, 3), "x": torch.ones(1)}
+    save_file(content, tmp_path / "file")
+    with pytest.raises(RequestError) as caught:
+        load_initial_weights(model, tmp_path / "file")
+    message = str(caught.value)
+    assert "missing in the file: 1.bias" in message
+    assert "not in the model: x" in message
+    assert "of another shape: 0.bias ([4] in the file, [3] in the model)" in message
+    assert all(torch.equal(before[name], value) for name, value in weights(model).items())
+
+
+def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    for name in ("file", "absent"):
+        with pytest.raises(RequestError, match=f"init_from=.*{name} cannot be read"):
+            load_initial_weights(nn.Linear(1, 1), tmp_path / name)
