@@ -92,8 +92,13 @@ def attach_replicated(
     if group.size() > 1:
         _choose(hook, config, group, wire)
     model.register_comm_hook(hook, _cross)
+    prepare, hook.prepare = hook.prepare, lambda bucket: None
     hook.prepares = True
-    settle_buckets(model)
+
+    def are_final() -> None:
+        hook.prepare = prepare
+
+    settle_buckets(model, are_final)
     hook.prepares = False
 
 
@@ -154,25 +159,35 @@ class _Averaging:
         return self._courier.take(Errand(chunks, flat, finish))
 
 
-def settle_buckets(model: DistributedDataParallel) -> None:
+def settle_buckets(model: DistributedDataParallel, are_final: Callable[[], None]) -> None:
     """Make DDP build its final buckets now, and let its hook see them; collective.
 
     DDP builds them anew after its first backward pass, so that what is kept for a bucket would lose its place, and a
-    resumed run would add up in another order than one that was never stopped. One pass of zeros, last parameter
+    resumed run would add up in another order than one that was never stopped. A pass of zeros, last parameter
     first, is that first pass. Does nothing where it would be noticed: gradients that are there already, hooks on
     them, sparse gradients.
+
+    Args:
+        model: with a hook that does not communicate now.
+        are_final: called before the final buckets are shown to the hook.
     """
     ignored = set(model.parameters_to_ignore)
     parameters = [each for name, each in model.module.named_parameters() if each.requires_grad and name not in ignored]
     if not parameters or _would_be_noticed(model, parameters):
         return
+    _pass_of_zeros(model, parameters)
+    model.reducer._rebuild_buckets()
+    are_final()
+    _pass_of_zeros(model, parameters)
+
+
+def _pass_of_zeros(model: DistributedDataParallel, parameters: list[nn.Parameter]) -> None:
     zero = torch.zeros((), device=parameters[0].device)
     with torch.enable_grad():
         for parameter in parameters:
             zero = zero + (parameter.sum() * 0.0).float()
     model.reducer.prepare_for_backward([zero] if model.find_unused_parameters else [])
     zero.backward()  # type: ignore[no-untyped-call]
-    model.reducer._rebuild_buckets()
     for parameter in parameters:
         parameter.grad = None
 
