@@ -46,17 +46,18 @@ class _Hook:
         self.names = names
         self.wire = wire
         self.probe = probe
-        self.prepares = False
-        """Whether buckets come only to be known, with nothing in them."""
         self.prepare: Callable[[_Bucket], None] = lambda bucket: None
+        """Called once for each of DDP's final buckets, before anything crosses."""
         self.send: _Way = _arrived
+        self.instead: Callable[[_Bucket], None] | None = None
+        """What is done with a bucket that has nothing in it."""
 
 
 def _cross(hook: _Hook, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     crossing = _Bucket(bucket, hook.names)
     future: torch.futures.Future[Tensor]
-    if hook.prepares:
-        hook.prepare(crossing)
+    if hook.instead is not None:
+        hook.instead(crossing)
         future = _arrived(crossing)
         return future
     if hook.probe is not None:
@@ -92,9 +93,11 @@ def attach_replicated(
     if group.size() > 1:
         _choose(hook, config, group, wire)
     model.register_comm_hook(hook, _cross)
-    hook.prepares = True
-    settle_buckets(model)
-    hook.prepares = False
+    hook.instead = lambda bucket: None
+    if settle_buckets(model):
+        hook.instead = hook.prepare
+        _pass_zeros(model)
+    hook.instead = None
 
 
 def _choose(hook: _Hook, config: CompressionConfig, group: dist.ProcessGroup, wire: Wire) -> None:
@@ -137,6 +140,8 @@ class _Averaging:
 
     def send(self, bucket: _Bucket) -> Any:
         flat = bucket.flat
+        if not flat.numel():  # of empty parameters alone
+            return _arrived(bucket)
         if flat.dtype is torch.float32:
             values = flat
         else:
@@ -154,30 +159,41 @@ class _Averaging:
         return self._courier.take(Errand(chunks, flat, finish))
 
 
-def settle_buckets(model: DistributedDataParallel) -> None:
-    """Make DDP build its final buckets now, and let its hook see them; collective.
+def settle_buckets(model: DistributedDataParallel) -> bool:
+    """Make DDP build its final buckets now; collective. Whether it was possible.
 
     DDP builds them anew after its first backward pass, so that what is kept for a bucket would lose its place, and a
     resumed run would add up in another order than one that was never stopped. One pass of zeros, last parameter
     first, is that first pass. Does nothing where it would be noticed: gradients that are there already, hooks on
     them, sparse gradients.
     """
-    ignored = set(model.parameters_to_ignore)
-    parameters = [each for name, each in model.module.named_parameters() if each.requires_grad and name not in ignored]
-    if not parameters or _would_be_noticed(model, parameters):
-        return
+    if not _trained(model) or _would_be_noticed(model):
+        return False
+    _pass_zeros(model)
+    model.reducer._rebuild_buckets()
+    return True
+
+
+def _pass_zeros(model: DistributedDataParallel) -> None:
+    """A backward pass that leaves nothing, last parameter first."""
+    parameters = _trained(model)
     zero = torch.zeros((), device=parameters[0].device)
     with torch.enable_grad():
         for parameter in parameters:
             zero = zero + (parameter.sum() * 0.0).float()
     model.reducer.prepare_for_backward([zero] if model.find_unused_parameters else [])
     zero.backward()  # type: ignore[no-untyped-call]
-    model.reducer._rebuild_buckets()
     for parameter in parameters:
         parameter.grad = None
 
 
-def _would_be_noticed(model: DistributedDataParallel, parameters: list[nn.Parameter]) -> bool:
+def _trained(model: DistributedDataParallel) -> list[nn.Parameter]:
+    ignored = set(model.parameters_to_ignore)
+    return [each for name, each in model.module.named_parameters() if each.requires_grad and name not in ignored]
+
+
+def _would_be_noticed(model: DistributedDataParallel) -> bool:
+    parameters = _trained(model)
     sparse = any(getattr(module, "sparse", False) for module in model.module.modules())
     hooked = any(each._backward_hooks or each._post_accumulate_grad_hooks for each in parameters)
     return sparse or hooked or model.static_graph or any(each.grad is not None for each in parameters)
