@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from launcher.compression.replicated import attach_replicated
@@ -52,7 +53,7 @@ def attach(model: nn.Module, codec: str, *, scaler: Any = None, **options: Any) 
             f"{type(model).__name__} is neither wrapped in DistributedDataParallel nor passed through fully_shard: "
             "do that first, then attach the codec."
         )
-    parameter: Any = next(model.parameters())
+    parameter = next(each for each in model.parameters() if isinstance(each, DTensor))
     _check(config, Strategy.hsdp if parameter.device_mesh.ndim == 2 else Strategy.fsdp)
     wire = Wire(parameter.device, scaler)
     attach_sharded(model, config, wire)
@@ -60,7 +61,7 @@ def attach(model: nn.Module, codec: str, *, scaler: Any = None, **options: Any) 
 
 
 def _config(codec: str, options: dict[str, Any]) -> CompressionConfig:
-    chosen = _member(Codec, "codec", codec)
+    chosen = _member(Codec, "codec", codec, without=(Codec.none,))
     valid = {field.name for field in fields(CompressionConfig)} - {"codec"}
     for name in options:
         if name not in valid:
@@ -74,14 +75,12 @@ def _config(codec: str, options: dict[str, Any]) -> CompressionConfig:
     return CompressionConfig(codec=chosen, **options)
 
 
-def _member(kind: type[Enum], name: str, value: Any) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        valid = [str(member.value) for member in kind]
-        raise ConfigurationError(
-            f"{name}={value!r} is not one of {', '.join(valid)}.{nearest(str(value), valid)}"
-        ) from None
+def _member(kind: type[Enum], name: str, value: Any, without: tuple[Enum, ...] = ()) -> Any:
+    valid = {str(member.value): member for member in kind if member not in without}
+    chosen = valid.get(value.value if isinstance(value, kind) else value)
+    if chosen is None:
+        raise ConfigurationError(f"{name}={value!r} is not one of {', '.join(valid)}.{nearest(str(value), valid)}")
+    return chosen
 
 
 def _check(config: CompressionConfig, strategy: Strategy) -> None:

@@ -46,6 +46,7 @@ class Half:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self._work: Tensor | None = None
 
     def encoded_bytes(self, numel: int) -> int:
         """Two bytes a value."""
@@ -61,7 +62,14 @@ class Half:
 
     def add_decoded(self, encoded: Tensor, total: Tensor) -> None:
         """A sum in FP32."""
-        total.add_(encoded.view(self.dtype))
+        halves = encoded.view(self.dtype)
+        if not total.is_cpu:
+            total.add_(halves)
+            return
+        # On CPUs a sum of two types makes a tensor.
+        if self._work is None or self._work.numel() < total.numel():
+            self._work = torch.empty_like(total)
+        total.add_(self._work[: total.numel()].copy_(halves))
 
 
 class BlockInt8:

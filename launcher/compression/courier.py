@@ -29,7 +29,7 @@ _STOP_SECONDS = 5.0
 
 @dataclass
 class Errand:
-    """Chunks to run, and what to hand over when all have come to their end."""
+    """Chunks to run, at least one, and what to hand over when all have come to their end."""
 
     chunks: Sequence[Chunk]
     result: Tensor

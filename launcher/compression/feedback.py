@@ -34,6 +34,12 @@ class Feedback:
         self._written = True
         torch.mul(errors, inverse_loss_scale, out=self.fresh[offset : offset + errors.numel()])
 
+    def is_spoilt(self) -> Tensor:
+        """Whether the step under way has lost what is not finite, a bool scalar on the device."""
+        if not self._written:
+            return torch.zeros((), dtype=torch.bool, device=self.fresh.device)
+        return ~torch.linalg.vector_norm(self.fresh).isfinite()
+
     def settle(self, found_inf: Tensor) -> None:
         """The step has ended: applied (0), its errors are kept; skipped (1), they are forgotten."""
         if not self._written:

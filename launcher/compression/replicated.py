@@ -46,17 +46,18 @@ class _Hook:
         self.names = names
         self.wire = wire
         self.probe = probe
-        self.prepares = False
-        """Whether buckets come only to be known, with nothing in them."""
         self.prepare: Callable[[_Bucket], None] = lambda bucket: None
+        """Called once for each of DDP's final buckets, before anything crosses."""
         self.send: _Way = _arrived
+        self.instead: Callable[[_Bucket], None] | None = None
+        """What is done with a bucket that has nothing in it."""
 
 
 def _cross(hook: _Hook, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     crossing = _Bucket(bucket, hook.names)
     future: torch.futures.Future[Tensor]
-    if hook.prepares:
-        hook.prepare(crossing)
+    if hook.instead is not None:
+        hook.instead(crossing)
         future = _arrived(crossing)
         return future
     if hook.probe is not None:
@@ -92,14 +93,11 @@ def attach_replicated(
     if group.size() > 1:
         _choose(hook, config, group, wire)
     model.register_comm_hook(hook, _cross)
-    prepare, hook.prepare = hook.prepare, lambda bucket: None
-    hook.prepares = True
-
-    def are_final() -> None:
-        hook.prepare = prepare
-
-    settle_buckets(model, are_final)
-    hook.prepares = False
+    hook.instead = lambda bucket: None
+    if settle_buckets(model):
+        hook.instead = hook.prepare
+        _pass_zeros(model)
+    hook.instead = None
 
 
 def _choose(hook: _Hook, config: CompressionConfig, group: dist.ProcessGroup, wire: Wire) -> None:
@@ -142,6 +140,8 @@ class _Averaging:
 
     def send(self, bucket: _Bucket) -> Any:
         flat = bucket.flat
+        if not flat.numel():  # of empty parameters alone
+            return _arrived(bucket)
         if flat.dtype is torch.float32:
             values = flat
         else:
@@ -159,29 +159,24 @@ class _Averaging:
         return self._courier.take(Errand(chunks, flat, finish))
 
 
-def settle_buckets(model: DistributedDataParallel, are_final: Callable[[], None]) -> None:
-    """Make DDP build its final buckets now, and let its hook see them; collective.
+def settle_buckets(model: DistributedDataParallel) -> bool:
+    """Make DDP build its final buckets now; collective. Whether it was possible.
 
     DDP builds them anew after its first backward pass, so that what is kept for a bucket would lose its place, and a
-    resumed run would add up in another order than one that was never stopped. A pass of zeros, last parameter
+    resumed run would add up in another order than one that was never stopped. One pass of zeros, last parameter
     first, is that first pass. Does nothing where it would be noticed: gradients that are there already, hooks on
     them, sparse gradients.
-
-    Args:
-        model: with a hook that does not communicate now.
-        are_final: called before the final buckets are shown to the hook.
     """
-    ignored = set(model.parameters_to_ignore)
-    parameters = [each for name, each in model.module.named_parameters() if each.requires_grad and name not in ignored]
-    if not parameters or _would_be_noticed(model, parameters):
-        return
-    _pass_of_zeros(model, parameters)
+    if not _trained(model) or _would_be_noticed(model):
+        return False
+    _pass_zeros(model)
     model.reducer._rebuild_buckets()
-    are_final()
-    _pass_of_zeros(model, parameters)
+    return True
 
 
-def _pass_of_zeros(model: DistributedDataParallel, parameters: list[nn.Parameter]) -> None:
+def _pass_zeros(model: DistributedDataParallel) -> None:
+    """A backward pass that leaves nothing, last parameter first."""
+    parameters = _trained(model)
     zero = torch.zeros((), device=parameters[0].device)
     with torch.enable_grad():
         for parameter in parameters:
@@ -192,7 +187,13 @@ def _pass_of_zeros(model: DistributedDataParallel, parameters: list[nn.Parameter
         parameter.grad = None
 
 
-def _would_be_noticed(model: DistributedDataParallel, parameters: list[nn.Parameter]) -> bool:
+def _trained(model: DistributedDataParallel) -> list[nn.Parameter]:
+    ignored = set(model.parameters_to_ignore)
+    return [each for name, each in model.module.named_parameters() if each.requires_grad and name not in ignored]
+
+
+def _would_be_noticed(model: DistributedDataParallel) -> bool:
+    parameters = _trained(model)
     sparse = any(getattr(module, "sparse", False) for module in model.module.modules())
     hooked = any(each._backward_hooks or each._post_accumulate_grad_hooks for each in parameters)
     return sparse or hooked or model.static_graph or any(each.grad is not None for each in parameters)

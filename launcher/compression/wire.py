@@ -113,11 +113,14 @@ class Wire:
             self._non_finite |= ~torch.linalg.vector_norm(result).isfinite()
 
     def _conclude_by_looks(self) -> None:
-        """The last step was applied if all that came back was finite.
+        """The last step was applied if all that came back was finite, and all that was lost: what this rank has sent
+        may have spoilt a shard that is another's.
 
-        Ranks may look at different shards, and so keep or forget differently; each does what is right for its own.
+        So ranks may keep or forget differently; each does what is right for its own.
         """
         self._crossed.clear()
+        for residue in self.residues:
+            self._non_finite |= residue.feedback.is_spoilt()
         self.conclude(self._non_finite.float())
         self._non_finite.zero_()
 

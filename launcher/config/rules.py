@@ -262,7 +262,7 @@ def _warnings(config: RunConfig) -> Iterator[str]:
     if config.compression.codec is Codec.fp16 and not precision.loss_scale.enabled:
         yield (
             "compression=fp16 without a loss scale: gradients below 6e-8 times the number of workers become zero on "
-            "the wire. Use precision=fp16, +precision.loss_scale.enabled=true, or compression=bf16."
+            "the wire. Use precision=fp16, precision.loss_scale.enabled=true, or compression=bf16."
         )
     if config.compression.codec is not Codec.none and world_size(config) == 1:
         yield f"compression={config.compression.codec.value} has no effect: one worker sends no gradients."

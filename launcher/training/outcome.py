@@ -133,6 +133,6 @@ class StepTicket:
             failed_votes=int(failed),
             digests=tuple(digests),
             wire_bytes=self.wire_bytes,
-            compression_error=math.sqrt(lost / encoded) if encoded > 0 else None,
+            compression_error=math.sqrt(lost / encoded) if encoded > 0 and math.isfinite(lost) else None,
             origins=tuple(rank for rank, count in enumerate(origins) if count),
         )

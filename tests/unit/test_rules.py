@@ -177,3 +177,69 @@ def test_a_warmup_that_never_ends_is_a_warning(warmup: int, count: int) -> None:
 def test_a_final_fraction_without_decay_is_a_warning() -> None:
     assert "no effect" in check(good_config(schedule__final_fraction=0.1), 0)[0]
     assert check(good_config(schedule__final_fraction=0.1, schedule__decay="linear"), 0) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"codec": "powersgd", "strategy": "fsdp"},
+            ["compression=powersgd with parallel=fsdp", "only rows", "compression=int8, fp16 or bf16", "ddp or hsdp"],
+        ),
+        ({"codec": "powersgd", "strategy": "zero2"}, ["compression=powersgd with parallel=zero2"]),
+        (
+            {"codec": "powersgd", "strategy": "hsdp", "axis": "all"},
+            ["compression.axis=all with compression=powersgd", "compression.axis=replica"],
+        ),
+        (
+            {"codec": "int8", "strategy": "fsdp", "axis": "replica"},
+            ["compression.axis=replica with parallel=fsdp", "compression.axis=all, or parallel=hsdp"],
+        ),
+        ({"codec": "fp16", "strategy": "zero2", "axis": "replica"}, ["compression.axis=replica with parallel=zero2"]),
+        (
+            {"codec": "fp16", "accumulate": "wire", "error_feedback": True},
+            ["compression.error_feedback=true", "compression.accumulate=wire", "compression.accumulate=fp32"],
+        ),
+        ({"codec": "bf16", "accumulate": "wire", "error_feedback": True}, ["compression.error_feedback=true"]),
+        ({"codec": "int8", "block_size": 6}, ["compression.block_size=6", "multiple of 4", "128"]),
+        ({"codec": "int8", "block_size": 0}, ["compression.block_size=0"]),
+        ({"codec": "powersgd", "rank": 0}, ["compression.rank=0", "at least 1"]),
+        ({"codec": "powersgd", "start_step": 1}, ["compression.start_step=1", "at least 2"]),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_a_codec_that_cannot_go_with_a_strategy_is_refused(changes: dict[str, Any], words: list[str]) -> None:
+    strategy = changes.pop("strategy", "ddp")
+    message = problems(
+        parallel__strategy=strategy, **{f"compression__{name}": value for name, value in changes.items()}
+    )
+    for word in words:
+        assert word in message
+    assert message.count("\n") == 0
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp", "hsdp"])
+@pytest.mark.parametrize("codec", ["none", "fp16", "bf16", "int8", "powersgd"])
+def test_every_other_pair_passes(strategy: str, codec: str) -> None:
+    config = good_config(parallel__strategy=strategy, compression__codec=codec, precision__loss_scale__enabled=True)
+    if codec == "powersgd" and strategy in ("zero2", "fsdp"):
+        with pytest.raises(ConfigurationError):
+            check(config, 0)
+    else:
+        assert check(config, 0) == []
+
+
+def test_options_of_another_codec_do_not_matter() -> None:
+    assert check(good_config(compression__codec="none", compression__block_size=6), 0) == []
+    assert check(good_config(compression__codec="none", compression__axis="replica"), 0) == []
+
+
+def test_fp16_on_the_wire_without_a_loss_scale_is_a_warning() -> None:
+    (warning,) = check(good_config(compression__codec="fp16"), 0)
+    assert "compression=fp16 without a loss scale" in warning
+    assert "compression=bf16" in warning
+
+
+def test_a_codec_for_one_worker_is_a_warning() -> None:
+    (warning,) = check(good_config(compression__codec="int8", cluster__processes_per_node=1), 0)
+    assert "compression=int8 has no effect" in warning

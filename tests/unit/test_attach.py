@@ -1,0 +1,34 @@
+"""What ``attach`` says about what it cannot do; what it does needs ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from launcher.compression import attach
+from launcher.errors import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("codec", "options", "words"),
+    [
+        ("int9", {}, ["codec='int9'", "fp16, bf16, int8, powersgd", "Did you mean 'int8'"]),
+        ("none", {}, ["codec='none'", "fp16, bf16, int8, powersgd"]),
+        (
+            "int8",
+            {"blocksize": 64},
+            ["'blocksize'", "Did you mean 'block_size'", "Valid: accumulate, axis, block_size"],
+        ),
+        ("fp16", {"accumulate": "fp16"}, ["accumulate='fp16'", "wire, fp32"]),
+        ("fp16", {"axis": "shard"}, ["axis='shard'", "replica, all"]),
+        ("int8", {}, ["Linear", "DistributedDataParallel", "fully_shard"]),
+    ],
+    ids=["codec", "no codec", "option", "accumulate", "axis", "model"],
+)
+def test_a_mistake_is_named_with_what_is_valid(codec: str, options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        attach(nn.Linear(2, 2), codec, **options)
+    for word in words:
+        assert word in str(caught.value)
