@@ -38,7 +38,8 @@ class Feedback:
         """Whether the step under way has lost what is not finite, a bool scalar on the device."""
         if not self._written:
             return torch.zeros((), dtype=torch.bool, device=self.fresh.device)
-        return torch.linalg.vector_norm(self.fresh).isfinite().logical_not()
+        norm: Tensor = torch.linalg.vector_norm(self.fresh)
+        return norm.isfinite().logical_not()
 
     def settle(self, found_inf: Tensor) -> None:
         """The step has ended: applied (0), its errors are kept; skipped (1), they are forgotten."""
