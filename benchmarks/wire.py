@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -230,6 +232,7 @@ def main() -> None:
     reason = why_not()
     if reason:
         raise SystemExit(f"benchmarks.wire: {reason}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the hosts are removed then too
     names = [REFERENCE, *(name for name in arguments.only if name != REFERENCE)]
     for rate in list(RATES)[: 1 if arguments.quick else None]:
         for ranks_per_host in (1,) if arguments.quick else (1, 2):

@@ -29,8 +29,8 @@ class Codec(Protocol):
     def encoded_bytes(self, numel: int) -> int:
         """The size of ``numel`` values on the wire."""
 
-    def encode(self, values: Tensor, out: Tensor) -> None:
-        """Write ``values``, FP32 (n,), to ``out``, uint8 (encoded_bytes(n),)."""
+    def encode(self, values: Tensor, out: Tensor, lost: Tensor | None = None) -> None:
+        """Write ``values``, FP32 (n,), to ``out``, uint8 (encoded_bytes(n),); what is lost to ``lost``, FP32 (n,)."""
 
     def decode(self, encoded: Tensor, out: Tensor) -> None:
         """Read ``encoded``, uint8 (encoded_bytes(n),), into ``out``, FP32 (n,)."""
@@ -52,9 +52,12 @@ class Half:
         """Two bytes a value."""
         return 2 * numel
 
-    def encode(self, values: Tensor, out: Tensor) -> None:
+    def encode(self, values: Tensor, out: Tensor, lost: Tensor | None = None) -> None:
         """A cast; beyond float16's range (65504) the result is infinite."""
         out.view(self.dtype).copy_(values)
+        if lost is not None:
+            self.decode(out, lost)
+            torch.sub(values, lost, out=lost)
 
     def decode(self, encoded: Tensor, out: Tensor) -> None:
         """An exact cast."""
@@ -87,7 +90,7 @@ class BlockInt8:
         """A byte a value, four a block."""
         return numel + 4 * (numel // self.block_size)
 
-    def encode(self, values: Tensor, out: Tensor) -> None:
+    def encode(self, values: Tensor, out: Tensor, lost: Tensor | None = None) -> None:
         """Scale each block and round to the nearest."""
         numel = values.numel()
         blocks = values.view(-1, self.block_size)
@@ -101,6 +104,9 @@ class BlockInt8:
         torch.mul(blocks, inverse.unsqueeze(1), out=scaled.view(-1, self.block_size))
         # In a block that is not finite any byte may be written: its scale makes all of it non-finite.
         out[:numel].view(torch.int8).copy_(scaled.round_())
+        if lost is not None:
+            rounded, scale = scaled.view(-1, self.block_size), scales.unsqueeze(1)
+            torch.addcmul(blocks, rounded, scale, value=-1.0, out=lost.view(-1, self.block_size))
 
     def decode(self, encoded: Tensor, out: Tensor) -> None:
         """Each byte times its block's scale."""

@@ -296,12 +296,11 @@ class Exchange:
         """Encode ``values`` with the errors kept from before; keep what is lost now."""
         if feedback is not None:
             feedback.add_to(values[:length], offset, terms.loss_scale)
-        self.codec.encode(values, out)
         if feedback is None and not terms.measures:
+            self.codec.encode(values, out)
             return
         lost = self._workspace[1][: values.numel()]
-        self.codec.decode(out, lost)
-        torch.sub(values, lost, out=lost)
+        self.codec.encode(values, out, lost)
         terms.measure(values, lost)
         if feedback is not None:
             feedback.keep(lost[:length], offset, terms.inverse_loss_scale)
