@@ -138,7 +138,7 @@ class Bench:
     def ours(self, saver: Saver) -> Measured:
         """A whole save: digests, manifest, commit."""
         with _PeakMemory() as peak, _timed() as elapsed:
-            saver.begin(self.snapshot())
+            saver.begin(self.snapshot)
             stall = elapsed()
             result = saver.settle()
             total = elapsed()

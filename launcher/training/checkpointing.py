@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from launcher.checkpoint.saver import Failed, Saved, Saver
@@ -141,7 +142,7 @@ class RunCheckpoints:
         self._report(self.saver.settle())
         self._saved_at = time.monotonic()
         self.last_step = self._saved_step = step
-        self.saver.begin(take(self.best))
+        self.saver.begin(partial(take, self.best))
         if not self.config.asynchronous:
             self._report(self.saver.settle())
 

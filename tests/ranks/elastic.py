@@ -80,7 +80,7 @@ def save(rank: int, world_size: int, folder: str, steps: int, settings: dict[str
     losses = advance(learner, data, steps)
     saver = Saver(CheckpointStore(Path(folder)), rank, world_size, CPU)
     before = state_digests(learner)
-    saver.begin(take_snapshot(learner, data, identity, Progress(), None))
+    saver.begin(lambda: take_snapshot(learner, data, identity, Progress(), None))
     saved = saver.settle()
     assert isinstance(saved, Saved), saved
     assert state_digests(learner) == before, "saving changes nothing"
