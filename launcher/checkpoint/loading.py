@@ -109,7 +109,7 @@ def read_private(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
     """
     path = checkpoint.path / rank_file(rank)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be loaded: {_first_line(error)}") from error
     if not isinstance(found, dict):

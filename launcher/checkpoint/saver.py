@@ -130,10 +130,11 @@ class Saver:
             self._shared.prepare(self._mine(snapshot))
             self._private.copy_tree(snapshot.private)
 
-    def begin(self, snapshot: Snapshot) -> None:
-        """Start to save; collective. Returns when the state may change again."""
+    def begin(self, take: Callable[[], Snapshot]) -> None:
+        """Start to save what ``take`` returns; collective. Returns when the state may change again."""
         assert self._pending is None, "one at a time"
         started = time.perf_counter()
+        snapshot = take()
         step = snapshot.manifest.step
         refused: Future[Any] = Future()
         if self.rank == 0:

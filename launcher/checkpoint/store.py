@@ -72,7 +72,8 @@ class Checkpoint:
     def check_entries(self, trust_shared: bool = False) -> None:
         """Raises DamagedError unless exactly the files of the manifest are there, with their sizes; reads none."""
         if not trust_shared:
-            _refuse_shared(self.path)
+            for folder in (self.path, self.path.parent, self.path.parent.parent):  # the run's own, the last
+                _refuse_shared(folder)
         expected = self.manifest.files
         there = set(os.listdir(self.path)) - {MANIFEST}
         if missing := sorted(set(expected) - there):

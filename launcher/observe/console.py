@@ -30,6 +30,32 @@ def _overflow(details: dict[str, Any]) -> str:
     return f"skipped; {cause}{where}; {count} parameter(s): {shown}{more}; loss scale {details['loss_scale']:g}"
 
 
+def _checkpoint(details: dict[str, Any]) -> str:
+    """What was written, how long it took, and what training has felt of it."""
+    size = f"{details['bytes'] / 1e6:.1f} MB in {details['seconds']:.1f} s"
+    return f"{details['path']}  {size}, training stood still for {details['stall_seconds']:.2f} s"
+
+
+def _resume(details: dict[str, Any]) -> str:
+    """Where a run goes on, and whatever is not as it was."""
+    over = [f"passed over {reason}" for reason in details["passed_over"]]
+    return "; ".join([f"from {details['path']}", *over, *details["notes"]])
+
+
+def _checkpoint_failed(details: dict[str, Any]) -> str:
+    """Who could not write what."""
+    return "; ".join(details["problems"])
+
+
+_TOLD = {
+    "overflow": _overflow,
+    "checkpoint": _checkpoint,
+    "checkpoint_failed": _checkpoint_failed,
+    "resume": _resume,
+}
+"""How an event's details are put; others are listed."""
+
+
 class Console:
     """Rank 0's view of a run.
 
@@ -86,8 +112,9 @@ class Console:
 
     def event(self, event: str, step: int, details: dict[str, Any]) -> None:
         """Anything else."""
-        listed = _overflow(details) if event == "overflow" else "  ".join(f"{k} {v}" for k, v in details.items())
-        self.say(f"step {step:>{self._width}}/{self._total_steps}  {event}{': ' if listed else ''}{listed}")
+        listed = _TOLD[event](details) if event in _TOLD else "  ".join(f"{k} {v}" for k, v in details.items())
+        name = event.replace("_", " ")
+        self.say(f"step {step:>{self._width}}/{self._total_steps}  {name}{': ' if listed else ''}{listed}")
 
     def finish(self, result: dict[str, Any]) -> None:
         """What the run came to."""

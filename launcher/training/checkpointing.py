@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from launcher.checkpoint.saver import Failed, Saved, Saver
@@ -93,6 +94,7 @@ class RunCheckpoints:
     last_step: int | None = None
     best: float | None = None
     _saved_at: float = field(default_factory=time.monotonic, init=False)
+    _saved_step: int = field(default=0, init=False)
 
     @property
     def votes(self) -> CheckpointVotes:
@@ -118,7 +120,7 @@ class RunCheckpoints:
         """By steps, by the clock, or because no validation was better."""
         every = self.config.every_steps
         by_steps = every is not None and step % every == 0
-        by_clock = numbers is not None and numbers.save_votes > 0
+        by_clock = numbers is not None and numbers.step > self._saved_step and numbers.save_votes > 0
         return self._is_best(validation) or by_steps or by_clock
 
     def _is_best(self, validation: dict[str, float] | None) -> bool:
@@ -139,8 +141,8 @@ class RunCheckpoints:
         """
         self._report(self.saver.settle())
         self._saved_at = time.monotonic()
-        self.last_step = step
-        self.saver.begin(take(self.best))
+        self.last_step = self._saved_step = step
+        self.saver.begin(partial(take, self.best))
         if not self.config.asynchronous:
             self._report(self.saver.settle())
 

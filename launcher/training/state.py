@@ -59,10 +59,12 @@ def private_state(learner: Learner, data: Data) -> dict[str, Any]:
     state: dict[str, Any] = {
         "random": generators.state(learner.device),
         "buffers": {name: buffer.detach() for name, buffer in _persistent_buffers(learner.model.module).items()},
+        "extra": _extra_state(learner.model.module),
         "data": data.state_dict(),
         "job": job.state_dict() if hasattr(job, "state_dict") else {},
         "wire": learner.model.wire.state_dict(),
     }
+    require_plain(state["extra"], "The model's extra state")
     require_plain(state["data"], "The state_dict of the training dataset")
     require_plain(state["job"], f"{type(job).__name__}.state_dict()")
     return state
@@ -99,6 +101,12 @@ def restore(learner: Learner, data: Data, checkpoint: Checkpoint, rank: int, wor
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     kept = model.state_dict(keep_vars=True).keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+def _extra_state(model: nn.Module) -> dict[str, Any]:
+    """What modules keep through ``get_extra_state``, by the module's name."""
+    found = {name.rpartition("_extra_state"): value for name, value in model.state_dict(keep_vars=True).items()}
+    return {module.rstrip("."): value for (module, is_one, rest), value in found.items() if is_one and not rest}
 
 
 def _require_same_model(checkpoint: Checkpoint, targets: dict[str, Tensor], facts: dict[str, TensorFacts]) -> None:
@@ -141,6 +149,8 @@ def _restore_private(
             "an IterableDataset, whose state is that of each rank alone. "
             f"Go on with {saved_world_size} ranks, or use a map-style dataset."
         )
+    for name, value in own["extra"].items():
+        learner.model.module.get_submodule(name).set_extra_state(value)
     if own["data"]:
         data.load_state_dict(own["data"])
     if own["job"] and hasattr(learner.job, "load_state_dict"):

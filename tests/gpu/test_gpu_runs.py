@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.ranks.runs import Run, continued, resume
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.timeout(600),
@@ -52,3 +54,17 @@ def test_gpt2_of_124_million_parameters_learns_in_fp16_on_cuda(tmp_path: Path) -
     assert losses[0] == pytest.approx(math.log(50304), rel=0.1)
     assert losses[-1] < 4.0
     assert lines[-1]["applied_steps"] == STEPS - sum(line["overflow"] for line in lines)
+
+
+def test_a_resumed_run_on_cuda_goes_on_as_the_straight_one(tmp_path: Path) -> None:
+    settings = ("+experiment=digits", "train.micro_batch_size=16", "checkpoint.every_steps=20", "checkpoint.keep=9")
+    straight = tmp_path / "straight"
+    straight.mkdir()
+    lines, _ = train(straight, *settings)
+    again = resume(continued(Run(0, "", straight / "run"), step=20), workers=torch.cuda.device_count())
+    assert again.code == 0, again.output
+    resumed = again.lines("train")
+    assert [line["step"] for line in resumed] == list(range(21, STEPS + 1))
+    for key in ("loss_scale", "applied_steps", "lr"):
+        assert [line[key] for line in resumed] == [line[key] for line in lines[20:]]
+    assert again.losses == pytest.approx([line["loss"] for line in lines[20:]], rel=1e-3)

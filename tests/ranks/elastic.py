@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from launcher import LossOutput
 from launcher.building import build_learner
@@ -31,8 +32,25 @@ GLOBAL_BATCH = 12
 SHARD_SIZES = {1: 1, 2: 1, 3: 3, 4: 2}
 
 
+class Memory(nn.Module):
+    """State that is neither parameter nor buffer."""
+
+    words = "new"
+
+    def get_extra_state(self) -> dict[str, str]:
+        return {"words": self.words}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        self.words = state["words"]
+
+
 class Elastic(Padded):
     """Same loss; its own state counts calls."""
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        model.memory = Memory()
+        return model
 
     def compute_loss(self, model: Any, batch: Any) -> LossOutput:
         tokens, targets = batch
@@ -78,9 +96,10 @@ def save(rank: int, world_size: int, folder: str, steps: int, settings: dict[str
     """Train, save, train on: what the state was, and how the loss went on."""
     learner, data, identity = build(rank, world_size, settings)
     losses = advance(learner, data, steps)
+    learner.model.module.memory.words = "kept"
     saver = Saver(CheckpointStore(Path(folder)), rank, world_size, CPU)
     before = state_digests(learner)
-    saver.begin(take_snapshot(learner, data, identity, Progress(), None))
+    saver.begin(lambda: take_snapshot(learner, data, identity, Progress(), None))
     saved = saver.settle()
     assert isinstance(saved, Saved), saved
     assert state_digests(learner) == before, "saving changes nothing"
@@ -101,12 +120,12 @@ def load(rank: int, world_size: int, folder: str, settings: dict[str, Any]) -> d
         "after": advance(learner, data, 3, progress.offset),
         "residue": residue,
         "job": learner.job.loaded,
+        "extra": learner.model.module.memory.words,
     }
 
 
 def state_digests(learner: Learner) -> dict[str, Any]:
     """Everything that must be the same wherever it is loaded."""
-    from torch import nn
     from torch.distributed.tensor import DTensor
 
     from launcher.training.state import shared_tensors

@@ -55,6 +55,7 @@ def test_a_state_is_the_same_wherever_it_is_loaded(
         assert here["state"] == there["state"]
         assert here["after"] == pytest.approx(there["after"], rel=1e-5)
         assert here["job"] == {"words": ["any", 1]}
+        assert here["extra"] == "kept"
         words = f"saved on {source[0]} ranks"
         assert any(words in note for note in here["notes"]) == (size != source[0])
 

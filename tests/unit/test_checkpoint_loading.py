@@ -55,7 +55,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 def save(store: CheckpointStore, asynchronous: bool = False) -> Checkpoint:
     saver = Saver(store, 0, 1, CPU, asynchronous)
-    saver.begin(snapshot(weight=torch.arange(6.0).view(2, 3), half=torch.ones(4, dtype=torch.bfloat16)))
+    saver.begin(lambda: snapshot(weight=torch.arange(6.0).view(2, 3), half=torch.ones(4, dtype=torch.bfloat16)))
     assert isinstance(saver.settle(), Saved)
     (checkpoint,) = store.candidates()
     assert checkpoint.problem(Verify.full) is None
@@ -87,7 +87,7 @@ def test_an_asynchronous_save_holds_the_values_of_its_own_step(store: Checkpoint
     saver.prepare(snapshot(weight=weight))
     staged = saver.staged_bytes
     for step in (1, 2):
-        saver.begin(snapshot(step, weight=weight))
+        saver.begin(partial(snapshot, step, weight=weight))
         weight.add_(1.0)
         assert isinstance(saver.settle(), Saved)
     assert [float(load_model_weights(one)["weight"][0, 0]) for one in store.candidates()] == [2.0, 1.0]

@@ -138,9 +138,12 @@ def test_a_name_that_leads_out_of_the_checkpoint_is_refused(name: object) -> Non
 
 def test_a_shared_folder_is_loaded_if_that_is_asked_for(store: CheckpointStore) -> None:
     checkpoint = save(store, 10)
-    checkpoint.path.chmod(0o777)
-    assert store.newest_valid(Verify.full).checkpoint is None
-    assert store.newest_valid(Verify.full, trust_shared=True).checkpoint is not None
+    for folder in (checkpoint.path, store.directory, store.directory.parent):
+        folder.chmod(0o777)
+        assert store.newest_valid(Verify.full).checkpoint is None
+        assert store.newest_valid(Verify.full, trust_shared=True).checkpoint is not None
+        folder.chmod(0o755)
+    assert store.newest_valid(Verify.full).checkpoint is not None
 
 
 def test_what_is_written_under_a_lax_umask_is_still_ones_own(store: CheckpointStore) -> None:
