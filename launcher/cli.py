@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _RESUME = "resume"
+_INTERRUPTED = "launch: interrupted before training began"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"launch: {error}", file=sys.stderr)
         return EXIT_REQUEST
     except KeyboardInterrupt:
-        print("launch: interrupted before training began", file=sys.stderr)
+        print(_INTERRUPTED, file=sys.stderr)
         return EXIT_RESUMABLE
 
 
@@ -59,32 +60,39 @@ def _act(arguments: list[str]) -> int:
 
 def _train_here(arguments: list[str]) -> int:
     """One run, new or resumed, or a sweep of several: the worst of their exit codes. A stopped run ends the sweep."""
+    from launcher.clusters.agent import StopForwarder
+
     resumes = arguments[0] == _RESUME
     codes: list[int] = []
+    forwarder = StopForwarder()
 
     def command(config: RunConfig, warnings: list[str]) -> float | None:
         from launcher.clusters.local import launch
         from launcher.rundir.records import read_json
 
-        if EXIT_RESUMABLE in codes:
+        if forwarder.requested or EXIT_RESUMABLE in codes:
+            if not codes:
+                print(_INTERRUPTED, file=sys.stderr)
+            codes.append(EXIT_RESUMABLE)
             return None
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        code, run = launch(config, ["launch", *arguments], job_may_change=resumes)
+        code, run = launch(config, ["launch", *arguments], forwarder, job_may_change=resumes)
         codes.append(code)
         if code != EXIT_FINISHED:
             return math.nan
         result = read_json(run.result)
         return float((result["validation"] or result)["loss"])
 
-    if resumes:
-        from launcher.clusters.resuming import compose_resumed
+    with forwarder.listening():
+        if resumes:
+            from launcher.clusters.resuming import compose_resumed
 
-        compose_resumed(arguments[1:], _prepare, command)
-    else:
-        from launcher.config.compose import compose
+            compose_resumed(arguments[1:], _prepare, command)
+        else:
+            from launcher.config.compose import compose
 
-        compose(arguments, _prepare, command)
+            compose(arguments, _prepare, command)
     return max(codes, default=EXIT_FINISHED)
 
 

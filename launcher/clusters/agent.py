@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["StopForwarder", "WorkersDiedError", "run_workers"]
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
-_STOPPING = b"stopping after the current step; a second Ctrl-C ends the run at once, unsaved\n"
-_ERASE_LINE = b"\r\x1b[K"
-"""The live line of rank 0 is drawn again below."""
 _GRACE_SECONDS = 3.0
 _POLL_SECONDS = 0.1
 
@@ -49,15 +46,16 @@ class WorkersDiedError(Exception):
 class StopForwarder:
     """Passes a request to stop on to the workers: SIGTERM, on which they stop together after a step.
 
-    A second Ctrl-C kills them at once.
+    A second Ctrl-C kills them at once. Before there is a run to stop, the first is only noted (an exception out of the
+    midst of an import may be lost, or leave half a module behind), and a second request ends the command.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
         """The signal that asked first."""
-        self.on_request: Callable[[], None] = lambda: None
-        """Called at the first request, in the signal's handler."""
-        self._interrupts = 0
+        self.on_request: Callable[[], None] | None = None
+        """Called at the first request, in the signal's handler; None as long as there is no run."""
+        self._requests = self._interrupts = 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -74,12 +72,15 @@ class StopForwarder:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         is_first, self.requested = self.requested is None, self.requested or signal.Signals(number).name
         self._interrupts += number == signal.SIGINT
+        self._requests += 1
+        if self.on_request is None:
+            if self._requests > 1:
+                raise KeyboardInterrupt
+            return
         _signal_workers(signal.SIGKILL if self._interrupts > 1 else signal.SIGTERM)
         if is_first:
             with suppress(OSError, ValueError):  # no record of a request is worth losing the request
                 self.on_request()
-                # Not through sys.stderr: the handler may have interrupted a write to it.
-                os.write(2, _ERASE_LINE * os.isatty(2) + _STOPPING)
 
 
 def run_workers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import socket
@@ -24,31 +25,42 @@ from launcher.rundir.failures import Failure, first_failure
 __all__ = ["launch"]
 
 _TAIL_LINES = 20
+_STOPPING = b"stopping after the current step; a second Ctrl-C ends the run at once, unsaved\n"
+_ERASE_LINE = b"\r\x1b[K"
+"""The live line of rank 0 is drawn again below."""
 
 
-def launch(config: RunConfig, command: Sequence[str], job_may_change: bool = False) -> tuple[int, RunDirectory]:
+def launch(
+    config: RunConfig, command: Sequence[str], forwarder: StopForwarder, job_may_change: bool = False
+) -> tuple[int, RunDirectory]:
     """Train here, to the end: from nothing, or from where the run in ``config.run_dir`` has come to.
 
     Args:
         config: prepared and checked.
         command: the command line, for the record.
+        forwarder: is listening; a request that has come already stops the run after its next step.
         job_may_change: of a run that exists, whether the job's arguments may be others than before.
 
     Returns:
         The exit code (0 finished, 1 failed, 2 wrong request found by a worker, 75 stopped), and the run's directory.
     """
-    forwarder = StopForwarder()
-    with forwarder.listening():
-        entry = enter(config, command, job_may_change)
-        if entry.lock is None:
-            say(f"the run {shown(entry.run.path)} has finished; train.max_steps=N makes it longer")
-            return EXIT_FINISHED, entry.run
-        forwarder.on_request = lambda: mark_stopping(entry.run)
-        _introduce(entry, config)
-        try:
-            return _attempts(config, entry, forwarder), entry.run
-        finally:
-            entry.lock.release()
+    entry = enter(config, command, job_may_change)
+    if entry.lock is None:
+        say(f"the run {shown(entry.run.path)} has finished; train.max_steps=N makes it longer")
+        return EXIT_FINISHED, entry.run
+    _introduce(entry, config)
+    forwarder.on_request = lambda: _acknowledge(entry.run)
+    try:
+        return _attempts(config, entry, forwarder), entry.run
+    finally:
+        forwarder.on_request = lambda: None  # there is nothing left to stop, however often it is asked for
+        entry.lock.release()
+
+
+def _acknowledge(run: RunDirectory) -> None:
+    """A request to stop has come. Called in a signal's handler, which may have interrupted a write to stderr."""
+    os.write(2, _ERASE_LINE * os.isatty(2) + _STOPPING)
+    mark_stopping(run)
 
 
 def _attempts(config: RunConfig, entry: Entry, forwarder: StopForwarder) -> int:

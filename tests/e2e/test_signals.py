@@ -46,6 +46,19 @@ def test_ctrl_c_while_starting_up_is_kept(start: Start, project: Path, seconds: 
         assert "Traceback" not in command.output + command.errors
 
 
+def test_a_second_request_ends_a_command_that_hangs_while_it_starts_up(start: Start, project: Path) -> None:
+    (project / "own_job.py").write_text("import time; open('importing', 'w').close(); time.sleep(600)")
+    command = start(LONG, project)
+    command.until((project / "importing").exists)
+    command.send(signal.SIGTERM)
+    time.sleep(0.5)
+    command.until(lambda: True)
+    command.send(signal.SIGINT)
+    assert command.wait() == 75
+    assert command.errors == "launch: interrupted before training began\n"
+    assert not (project / "runs").exists()
+
+
 def test_a_second_ctrl_c_ends_it_at_once(start: Start, project: Path) -> None:
     command = start([*LONG, "job.sleep=20"], project)
     command.until(lambda: (project / "runs").exists())

@@ -69,13 +69,14 @@ def continued(run: Run, step: int) -> Path:
             shutil.rmtree(checkpoint)
     (copy / "run" / "result.json").unlink()
     (copy / "run" / "metrics.jsonl").unlink()
+    (copy / "run" / "provenance.json").unlink()  # the run is to go on in the copied project, not where it was begun
     return copy / "run"
 
 
-def resume(directory: Path, *overrides: str, workers: int = 2, attempt: int = 1) -> Run:
-    """Take a run directory up again with other settings."""
+def resume(directory: Path, *overrides: str, workers: int = 2) -> Run:
+    """``launch resume`` with other settings."""
     completed = subprocess.run(
-        [sys.executable, str(HERE / "resume.py"), str(directory), str(attempt), str(workers), *overrides],
+        [sys.executable, "-m", "launcher", "resume", "run", f"cluster.processes_per_node={workers}", *overrides],
         cwd=directory.parent,
         capture_output=True,
         text=True,

@@ -105,7 +105,7 @@ def test_a_run_killed_thrice_at_random_is_the_straight_one(tmp_path: Path, strai
     (project / "metrics.jsonl").unlink()
     pause = random.Random(os.environ.get("PYTEST_SEED", "1"))
     for attempt in (1, 2, 3):
-        arguments = [str(Path(__file__).parent / "resume.py"), str(project), str(attempt), "2", "train.max_steps=18"]
+        arguments = ["-m", "launcher", "resume", "run", "train.max_steps=18"]
         process = subprocess.Popen([sys.executable, *arguments], cwd=project.parent, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         begun = attempt_has_begun(project, attempt, deadline)
@@ -117,7 +117,7 @@ def test_a_run_killed_thrice_at_random_is_the_straight_one(tmp_path: Path, strai
         found = CheckpointStore(project / "checkpoints").newest_valid(Verify.full)
         assert found.checkpoint is not None
         assert found.passed_over == ()
-    final = resume(project, "train.max_steps=18", attempt=4)
+    final = resume(project, "train.max_steps=18")
     assert final.code == 0, final.output
     assert final.result["parameters_digest"] == straight.result["parameters_digest"]
     losses = {line["step"]: line["loss"] for line in final.lines("train")}
