@@ -78,6 +78,7 @@ class PowerSGD:
         self._layouts: dict[int, Layout] = {}
         self._errors: dict[int, Feedback] = {}
         self._factors: dict[int, Feedback] = {}
+        self._numel_sent: dict[int, int] = {}
         self._one = torch.ones((), device=team.device)
         self._has_crossed = False
         self._thread: ThreadPoolExecutor | None = None
@@ -143,8 +144,10 @@ class PowerSGD:
                 state.q_memory_dict[index] = self._factors[index].kept.clone()
                 if index not in state.p_memory_dict:
                     state.p_memory_dict[index] = self._left_factors(gradients)
-            self._before = state.total_numel_after_compression
-            return powerSGD_hook(state, _Bucket(index, flat, gradients))  # by duck typing
+            before = state.total_numel_after_compression
+            future = powerSGD_hook(state, _Bucket(index, flat, gradients))  # by duck typing
+            self._numel_sent[index] = state.total_numel_after_compression - before
+            return future
 
         return call
 
@@ -164,7 +167,7 @@ class PowerSGD:
         """Take the step's errors and factors aside until it is known whether it was applied."""
         state, terms = self._state, self._wire.terms
         begun = state.iter >= state.start_powerSGD_iter
-        sent = state.total_numel_after_compression - self._before if begun else mean.numel()
+        sent = self._numel_sent[index] if begun else mean.numel()
         self._team.bytes_sent += 2 * (self._team.size - 1) * sent * mean.element_size() // self._team.size
         if begun:
             factors = state.q_memory_dict[index]

@@ -48,6 +48,8 @@ def attach_sharded(model: nn.Module, config: CompressionConfig, wire: Wire, prob
                 if unit.takes_replicas:
                     _leave_replicas_alone(group)
                     module.set_all_reduce_hook(unit.reduce_replicas)
+                elif unit.has_shards_of_one:
+                    module.set_all_reduce_hook(unit.count_replicas)
 
 
 def _parameter_groups(module: FSDPModule) -> list[Any]:
@@ -154,6 +156,8 @@ class _Unit:
         self._replica = routes.replica_way(info)
         self._natively_replicated = info.replicate_mesh_size if isinstance(info, DDPMeshInfo) else 1
         self.takes_replicas = self._replica is not None
+        self.has_shards_of_one = self._num_shards == 1
+        """Then FSDP2 has no reduce-scatter to call."""
         self.bytes_sent = 0
         self._seen: tuple[Any, ...] = tuple(each for each in self._parameters if each.sharded_param.requires_grad)
         self._layouts: dict[tuple[Any, ...], Layout] = {}
@@ -172,9 +176,7 @@ class _Unit:
         if self._channel is None:
             self.bytes_sent += (self._num_shards - 1) * output_tensor.nbytes
             if not self.takes_replicas:
-                self.bytes_sent += (
-                    2 * (self._natively_replicated - 1) * output_tensor.nbytes // self._natively_replicated
-                )
+                self.count_replicas(output_tensor)
             return reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
         if op not in (dist.ReduceOp.AVG, dist.ReduceOp.SUM):
             raise ValueError(
@@ -192,6 +194,10 @@ class _Unit:
         if not self.takes_replicas:
             self._wire.crossed(output_tensor)
         return None
+
+    def count_replicas(self, shard: Tensor) -> None:
+        """What FSDP2's own sum over the replicas sends, if there are any."""
+        self.bytes_sent += 2 * (self._natively_replicated - 1) * shard.nbytes // self._natively_replicated
 
     def reduce_replicas(self, shard: Tensor) -> None:
         """The mean of the shard that each replica holds, in place."""

@@ -142,8 +142,10 @@ class Wire:
     def state_dict(self) -> dict[str, Tensor]:
         """What this rank must have again to go on as if nothing had happened; other ranks' differ.
 
-        Errors are flat slices of parameters, FP32, by name, in units of the true gradient.
+        Errors are flat slices of parameters, FP32, by name, in units of the true gradient. Call it between steps.
         """
+        if not self._is_told and self._crossed:
+            self._conclude_by_looks()
         state: dict[str, Tensor] = {}
         for residue in self.residues:
             state[f"{_WEIGHT}/{residue.kind}"] = torch.tensor(residue.weight, dtype=torch.float64)

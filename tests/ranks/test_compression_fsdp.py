@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from launcher.compression import Wire, attach
+from launcher.compression import Wire, attach, attach_sharded
+from launcher.config.schema import CompressionConfig
 from launcher.errors import ConfigurationError
 from tests.ranks import reducing
 from tests.ranks.processes import Ranks
@@ -262,3 +263,16 @@ def test_a_shard_is_sent_once_and_nothing_comes_back(pools: dict[int, Ranks], wo
     shares = (world_size - 1) * 96 * 384 // world_size
     sent = pools[world_size].run(bytes_sent, world_size)
     assert sent == [[2 * shares, shares + 4 * shares // 128]] * world_size
+
+
+def bytes_of_fp32(rank: int, mesh: tuple[int, int]) -> int:
+    model, wire = sharded(Given(((96, 384),)), mesh), Wire(torch.device("cpu"))
+    attach_sharded(model, CompressionConfig(), wire)
+    backward(model, drawn(rank, 0, ((96, 384),)))
+    return wire.take_bytes()
+
+
+@pytest.mark.parametrize(("mesh", "share"), [((2, 1), 1), ((1, 2), 1 / 2), ((2, 2), 1 / 2 + 1 / 2)])
+def test_fp32_is_counted_on_both_axes(pools: dict[int, Ranks], mesh: tuple[int, int], share: float) -> None:
+    """A shard is sent to its owner once, and there and back between the replicas."""
+    assert pools[math.prod(mesh)].run(bytes_of_fp32, mesh) == [4 * 96 * 384 * share] * math.prod(mesh)

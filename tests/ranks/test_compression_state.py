@@ -29,17 +29,20 @@ def build(rank: int, layout: tuple[Any, ...], options: dict[str, Any]) -> tuple[
         return model, attach(model, **options)
 
 
-def step(model: nn.Module, wire: Wire, given: list[Tensor]) -> list[Tensor]:
+def step(model: nn.Module, wire: Wire, given: list[Tensor], tells: bool = True) -> list[Tensor]:
     model.zero_grad()
+    if not tells:
+        backward(model, given)
+        return [each.double() for each in gradients(model) if each is not None]
     with told(wire, scale=8.0):
         backward(model, given, 8.0)
     return [each.double() / 8.0 for each in gradients(model) if each is not None]
 
 
-def save(rank: int, layout: tuple[Any, ...], options: dict[str, Any]) -> dict[str, list[float]]:
+def save(rank: int, layout: tuple[Any, ...], options: dict[str, Any], tells: bool = True) -> dict[str, list[float]]:
     model, wire = build(rank, layout, options)
     for number in range(3):
-        step(model, wire, drawn(rank, number, SHAPES))
+        step(model, wire, drawn(rank, number, SHAPES), tells)
     return {key: value.flatten().tolist() for key, value in wire.state_dict().items()}
 
 
@@ -111,36 +114,39 @@ def test_errors_move_to_another_layout(
             assert values == pytest.approx(expected, abs=2 * largest / 200)
 
 
-def continued(rank: int, layout: tuple[Any, ...], options: dict[str, Any], saved: Saved) -> bool:
+def continued(rank: int, layout: tuple[Any, ...], options: dict[str, Any], saved: Saved, tells: bool) -> bool:
     """Whether a run that takes up its own goes on to the last bit as one that was never stopped."""
     model, wire = build(rank, layout, options)
     for number in range(3):
-        step(model, wire, drawn(rank, number, SHAPES))
+        step(model, wire, drawn(rank, number, SHAPES), tells)
     other, other_wire = build(rank, layout, options)
     tensors = [{key: torch.tensor(values) for key, values in state.items()} for state in saved]
     other_wire.load_state_dict(tensors.__getitem__, len(saved))
     same = True
     for number in range(3, 6):
         given = drawn(rank, number, SHAPES)
-        pairs = zip(step(model, wire, given), step(other, other_wire, given), strict=True)
+        pairs = zip(step(model, wire, given, tells), step(other, other_wire, given, tells), strict=True)
         same &= all(torch.equal(one, two) for one, two in pairs)
     return same
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout", "options"),
+    ("ranks", "layout", "options", "tells"),
     [
-        (2, DDP, INT8),
-        (4, ("ddp", 0.008, 2), INT8),
-        (4, FSDP, INT8),
-        (4, HSDP, ALL),
-        (2, DDP, {"codec": "powersgd", "start_step": 2}),
-        (4, HSDP, {"codec": "powersgd", "start_step": 2}),
+        (2, DDP, INT8, True),
+        (2, DDP, INT8, False),
+        (4, ("ddp", 0.008, 2), INT8, True),
+        (4, FSDP, INT8, True),
+        (4, FSDP, INT8, False),
+        (4, HSDP, ALL, True),
+        (2, DDP, {"codec": "powersgd", "start_step": 2}, True),
+        (2, DDP, {"codec": "powersgd", "start_step": 2}, False),
+        (4, HSDP, {"codec": "powersgd", "start_step": 2}, True),
     ],
     ids=lambda value: str(value),
 )
 def test_a_run_that_takes_up_its_own_goes_on_to_the_last_bit(
-    pools: dict[int, Ranks], ranks: int, layout: tuple[Any, ...], options: dict[str, Any]
+    pools: dict[int, Ranks], ranks: int, layout: tuple[Any, ...], options: dict[str, Any], tells: bool
 ) -> None:
-    saved = pools[ranks].run(save, layout, options)
-    assert all(pools[ranks].run(continued, layout, options, saved))
+    saved = pools[ranks].run(save, layout, options, tells)
+    assert all(pools[ranks].run(continued, layout, options, saved, tells))
