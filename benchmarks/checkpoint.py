@@ -14,8 +14,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -55,6 +54,8 @@ class Measured:
     """MB of host memory above what was used before."""
     size: float = 0.0
     """MB on the disk."""
+    cpu: float = 0.0
+    """Seconds of this process' CPU time, which others disturb less."""
 
 
 class _PeakMemory:
@@ -85,13 +86,21 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
 
 
-@contextmanager
-def _timed() -> Iterator[Callable[[], float]]:
+class _Timed:
     """All ranks start together, with nothing left to write from before."""
-    os.sync()
-    dist.barrier()
-    started = time.perf_counter()
-    yield lambda: time.perf_counter() - started
+
+    def __enter__(self) -> _Timed:
+        os.sync()
+        dist.barrier()
+        self._started, self._cpu = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cpu = time.process_time() - self._cpu
+
+    def elapsed(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._started
 
 
 class Bench:
@@ -123,11 +132,11 @@ class Bench:
         source, target = self.folder / "bytes", self.folder / "copy"
         if self.rank == 0 and not source.exists():
             source.write_bytes(os.urandom(2**20) * (self._whole_bytes() // 2**20))
-        with _timed() as elapsed:
+        with _Timed() as timed:
             if self.rank == 0:
                 shutil.copyfile(source, target)
                 _sync(target)
-                seconds = elapsed()
+                seconds = timed.elapsed()
                 target.unlink()
                 return Measured(seconds, seconds, size=source.stat().st_size / 1e6)
         return Measured(0, 0)
@@ -137,11 +146,11 @@ class Bench:
 
     def ours(self, saver: Saver) -> Measured:
         """A whole save: digests, manifest, commit."""
-        with _PeakMemory() as peak, _timed() as elapsed:
+        with _PeakMemory() as peak, _Timed() as timed:
             saver.begin(self.snapshot)
-            stall = elapsed()
+            stall = timed.elapsed()
             result = saver.settle()
-            total = elapsed()
+            total = timed.elapsed()
         assert isinstance(result, Saved), result
         memory = peak.megabytes
         if saver.asynchronous:
@@ -150,47 +159,47 @@ class Bench:
             stall = total
         if self.rank == 0:
             saver.store.prune(1, 0, "", False)
-        return Measured(stall, total, memory, result.num_bytes / 1e6)
+        return Measured(stall, total, memory, result.num_bytes / 1e6, timed.cpu)
 
     def dcp_save(self) -> Measured:
         """torch's."""
         target = self._target("dcp")
         state = self.snapshot().tensors
-        with _PeakMemory() as peak, _timed() as elapsed:
+        with _PeakMemory() as peak, _Timed() as timed:
             dcp.save(state, checkpoint_id=target)
-            seconds = elapsed()
-        return Measured(seconds, seconds, peak.megabytes, _size(target))
+            seconds = timed.elapsed()
+        return Measured(seconds, seconds, peak.megabytes, _size(target), timed.cpu)
 
     def dcp_async_save(self) -> Measured:
         """torch's, in a thread."""
         target = self._target("dcp async")
         state = self.snapshot().tensors
-        with _PeakMemory() as peak, _timed() as elapsed:
+        with _PeakMemory() as peak, _Timed() as timed:
             future: Any = dcp.async_save(state, checkpoint_id=target, process_group=self.group)
-            stall = elapsed()
+            stall = timed.elapsed()
             future.result()
-            total = elapsed()
-        return Measured(stall, total, peak.megabytes, _size(target))
+            total = timed.elapsed()
+        return Measured(stall, total, peak.megabytes, _size(target), timed.cpu)
 
     def torch_save(self) -> Measured:
         """Everything gathered on rank 0, which writes one file."""
         target = self._target("torch")
         state = self.snapshot().tensors
-        with _PeakMemory() as peak, _timed() as elapsed:
+        with _PeakMemory() as peak, _Timed() as timed:
             whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
             if self.rank == 0:
                 target.mkdir()
                 torch.save(whole, target / "all.pt")
                 _sync(target / "all.pt")
             dist.barrier()
-            seconds = elapsed()
-        return Measured(seconds, seconds, peak.megabytes, _size(target))
+            seconds = timed.elapsed()
+        return Measured(seconds, seconds, peak.megabytes, _size(target), timed.cpu)
 
     def load(self, verify: Verify | None) -> Measured:
         """Ours: find the newest valid checkpoint, and read it into the learner's tensors."""
         store = self.sync_saver.store
         targets = self.snapshot().tensors
-        with _timed() as elapsed:
+        with _Timed() as timed:
             if verify is None:
                 checkpoint = store.candidates()[0]
             else:
@@ -199,14 +208,14 @@ class Bench:
                 checkpoint = found
             read_tensors(checkpoint, targets)
             dist.barrier()
-            return Measured(elapsed(), elapsed())
+            return Measured(timed.elapsed(), timed.elapsed())
 
     def dcp_load(self) -> Measured:
         """torch's."""
         targets = self.snapshot().tensors
-        with _timed() as elapsed:
+        with _Timed() as timed:
             dcp.load(targets, checkpoint_id=self.folder / "dcp")
-            return Measured(elapsed(), elapsed())
+            return Measured(timed.elapsed(), timed.elapsed())
 
     def _target(self, name: str) -> Path:
         target = self.folder / name
@@ -268,17 +277,28 @@ def main() -> None:
     reference = ranks[0][REFERENCE]
     for name, first in ranks[0].items():
         slowest = [max(one, other, key=lambda m: m.total) for one, other in zip(first, ranks[1][name], strict=True)]
+        cpu = [one.cpu + other.cpu for one, other in zip(first, ranks[1][name], strict=True)]
         of_reference = [(a.stall / b.total, a.total / b.total) for a, b in zip(slowest, reference, strict=True)]
         row: list[object] = [name, median(m.stall for m in slowest), median(m.total for m in slowest)]
         if name.startswith("load"):
-            row += ["", "", "", "", ""]
+            row += ["", "", "", "", "", ""]
         else:
             row += [median(stall for stall, _ in of_reference), median(total for _, total in of_reference)]
-            row += [f"{median(m.size for m in first):.0f}"]
+            row += [median(cpu) or "", f"{median(m.size for m in first):.0f}"]
             row += [f"{median(m.size / m.total for m in first if m.total):.0f}"]
             row += [f"{max(m.memory for m in first):.0f}"]
         rows.append(row)
-    header = ["", "s standing still", "s in all", "stall / DCP", "all / DCP", "MB", "MB/s", "MB of memory, rank 0"]
+    header = [
+        "",
+        "s standing still",
+        "s in all",
+        "stall / DCP",
+        "all / DCP",
+        "CPU s",
+        "MB",
+        "MB/s",
+        "MB of memory, rank 0",
+    ]
     print_table(f"100M parameters with Adam, {strategy} on {WORKERS} workers, {rounds} rounds", header, rows)
 
 
