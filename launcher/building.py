@@ -71,7 +71,8 @@ def build_trainer(
     train = config.train
     assert train.micro_batch_size is not None
     job = build_job(config.job)
-    dataset = checked_dataset(job, "train")
+    # The user's code builds data before the generators are set: it may draw from them.
+    dataset, validation = checked_dataset(job, "train"), checked_dataset(job, "validation")
     assert dataset is not None
     shape = BatchShape(train.micro_batch_size, accumulation_steps(config, ranks.world_size), ranks.world_size)
     data = training_data(job, dataset, shape, ranks.rank, config.seed)
@@ -103,7 +104,7 @@ def build_trainer(
     return Trainer(
         learner=learner,
         data=data,
-        validation=checked_dataset(job, "validation"),
+        validation=validation,
         config=train,
         loss_scale=config.precision.loss_scale,
         total_steps=steps,

@@ -161,7 +161,8 @@ def _restore_private(
         buffers = _persistent_buffers(learner.model.module)
         for name, value in own["buffers"].items():
             local_part(buffers[name]).copy_(local_part(value))
+    learner.model.wire.load_state_dict(lambda which: read_private(checkpoint, which)["wire"], saved_world_size)
+    if same:  # last: the user's code above may draw
         generators.set_state(own["random"], learner.device)
     else:
         notes.append(f"saved on {saved_world_size} ranks: dropout and the like draw new random numbers on {world_size}")
-    learner.model.wire.load_state_dict(lambda which: read_private(checkpoint, which)["wire"], saved_world_size)
