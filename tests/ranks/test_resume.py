@@ -172,7 +172,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_silently_begin_again(t
 
 def test_a_checkpoint_of_another_model_is_refused_with_what_differs(tmp_path: Path) -> None:
     straight = launch(tmp_path, *BASE, "train.micro_batch_size=12")
-    again = resume(continued(straight, step=5), "job.width=20")
+    again = resume(continued(straight, step=5), "+job.width=20")
     assert again.code == 2
     assert "is not of this model" in again.output
     assert "embedding.weight is (17, 16) there and (17, 20) here" in again.output
