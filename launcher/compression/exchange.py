@@ -156,21 +156,22 @@ class Exchange:
         grid, job = self.team.grid, chunk.job
         under_way: list[Pending] = []
 
-        def posted(pending: Pending) -> Pending:
+        def posted(pending: Pending, is_last: bool = False) -> Pending:
+            pending.is_last = is_last
             under_way.append(pending)
             return pending
 
         if grid.ranks_per_host > 1:
             yield posted(self._send_within_host(chunk))
-        yield posted(self._scatter(chunk))
+        yield posted(self._scatter(chunk), is_last=not job.gathers)
         if not job.gathers:
             for first, last, mean in self._means(chunk):
                 job.target[chunk.first + first : chunk.first + last] = mean[: last - first]
         else:
-            yield posted(self._gather(chunk))
+            yield posted(self._gather(chunk), is_last=grid.ranks_per_host == 1)
             self._read_means(chunk, grid.place)
             if grid.ranks_per_host > 1:
-                yield posted(self._share(chunk))
+                yield posted(self._share(chunk), is_last=True)
                 for place in range(grid.ranks_per_host):
                     if place != grid.place:
                         self._read_means(chunk, place)

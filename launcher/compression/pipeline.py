@@ -1,8 +1,11 @@
 """Many chunks under way at once, so that the link is busy while the arithmetic is done.
 
 A chunk is a generator: it yields whatever it waits for, and is resumed when that has arrived. A pipeline starts
-chunks in order as long as it has a slot (a set of buffers) for one more, and otherwise resumes the one that has come
-least far: what can be sent is sent before anything else is waited for.
+chunks in order as long as it has a slot (a set of buffers) for one more, and otherwise resumes the oldest that has
+still something to send, or else the oldest.
+
+Ranks start chunks at different times, and whoever waits starts nothing. So nobody may wait for a chunk that another
+rank has perhaps not begun while an older one, for which that rank perhaps waits, has something left to send.
 """
 
 from __future__ import annotations
@@ -27,8 +30,11 @@ class _Flight(Generic[Slot]):
 
     course: Generator[Pending, None, None]
     slot: Slot
-    stage: int = 0
     awaited: Pending | None = None
+
+    @property
+    def has_sent_all(self) -> bool:
+        return self.awaited is not None and self.awaited.is_last
 
 
 class Pipeline(Generic[Slot]):
@@ -59,8 +65,8 @@ class Pipeline(Generic[Slot]):
         self._resume(flight)
 
     def advance(self) -> None:
-        """Wait for one chunk, the first of those that have come least far, and take it a stage further."""
-        flight = min(self._flights, key=lambda each: each.stage)
+        """Wait for one chunk and take it a stage further."""
+        flight = min(self._flights, key=lambda each: each.has_sent_all)  # the first of the least
         assert flight.awaited is not None
         flight.awaited.wait()
         self._resume(flight)
@@ -76,7 +82,6 @@ class Pipeline(Generic[Slot]):
 
     def _resume(self, flight: _Flight[Slot]) -> None:
         flight.awaited = next(flight.course, None)
-        flight.stage += 1
         if flight.awaited is None:
             self._flights.remove(flight)
             self._slots.append(flight.slot)

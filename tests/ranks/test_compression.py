@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -79,6 +80,24 @@ def test_so_they_do_in_many_chunks_and_on_several_hosts(
     pools: dict[int, Ranks], world_size: int, ranks_per_host: int | None, name: str
 ) -> None:
     assert len(set(pools[world_size].run(mean_in_many_chunks, world_size, name, ranks_per_host))) == 1
+
+
+def many_steps(rank: int, ranks_per_host: int) -> str:
+    """Buckets come to the courier late, on each rank at another time, while older ones are under way."""
+    with reducing.small_sizes(), reducing.hosts(rank, ranks_per_host):
+        ddp, _ = attached("int8", bucket_mib=0.001)
+        for step in range(30):
+            for part in ddp.module.parts:
+                part.register_hook(lambda gradient, step=step: (time.sleep(0.001 * ((rank + step) % 3)), gradient)[1])
+            ddp.zero_grad()
+            backward(ddp, drawn(rank, step, SHAPES))
+            for part in ddp.module.parts:
+                part._backward_hooks.clear()
+    return digest(gradients(ddp))
+
+
+def test_ranks_that_are_late_do_not_wait_for_each_other_for_ever(pools: dict[int, Ranks]) -> None:
+    assert len(set(pools[4].run(many_steps, 2))) == 1
 
 
 def mean_of_a_large_tensor(rank: int, world_size: int, name: str) -> float:

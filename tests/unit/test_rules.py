@@ -226,6 +226,7 @@ def test_a_codec_that_cannot_go_with_a_strategy_is_refused(changes: dict[str, An
 @pytest.mark.parametrize("codec", ["none", "fp16", "bf16", "int8", "powersgd"])
 def test_every_other_pair_passes(strategy: str, codec: str) -> None:
     config = good_config(parallel__strategy=strategy, compression__codec=codec, precision__loss_scale__enabled=True)
+    config.parallel.shard_size = 1 if strategy == "hsdp" else None
     if codec == "powersgd" and strategy in ("zero2", "fsdp"):
         with pytest.raises(ConfigurationError):
             check(config, 0)
@@ -247,3 +248,9 @@ def test_fp16_on_the_wire_without_a_loss_scale_is_a_warning() -> None:
 def test_a_codec_for_one_worker_is_a_warning() -> None:
     (warning,) = check(good_config(compression__codec="int8", cluster__processes_per_node=1), 0)
     assert "compression=int8 has no effect" in warning
+
+
+def test_a_codec_between_replicas_of_which_there_is_one_is_a_warning() -> None:
+    (warning,) = check(good_config(parallel__strategy="hsdp", compression__codec="int8"), 0)
+    assert "compression=int8 has no effect between replicas" in warning
+    assert "parallel.shard_size" in warning
