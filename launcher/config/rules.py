@@ -269,7 +269,8 @@ def _warnings(config: RunConfig) -> Iterator[str]:
     elif _compresses_one_replica(config):
         yield (
             f"compression={config.compression.codec.value} has no effect between replicas: there is one. "
-            "Use a smaller parallel.shard_size, or compression.axis=all."
+            "Use a smaller parallel.shard_size"
+            + ("." if config.compression.codec is Codec.powersgd else ", or compression.axis=all.")
         )
     if train.max_steps is not None and schedule.warmup_steps >= train.max_steps:
         yield (
