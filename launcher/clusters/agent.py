@@ -55,6 +55,8 @@ class StopForwarder:
         """The signal that asked first."""
         self.on_request: Callable[[], None] | None = None
         """Called at the first request, in the signal's handler; None as long as there is no run."""
+        self.ends_at_once: Callable[[], bool] = lambda: False
+        """Asked at each request, in the signal's handler: whether to kill the workers instead."""
         self._requests = self._interrupts = 0
 
     @contextmanager
@@ -77,7 +79,7 @@ class StopForwarder:
             if self._requests > 1:
                 raise KeyboardInterrupt
             return
-        _signal_workers(signal.SIGKILL if self._interrupts > 1 else signal.SIGTERM)
+        _signal_workers(signal.SIGKILL if self._interrupts > 1 or self.ends_at_once() else signal.SIGTERM)
         if is_first:
             with suppress(OSError, ValueError):  # no record of a request is worth losing the request
                 self.on_request()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from launcher.rundir import RunDirectory, State, Status, append_json_line
+from launcher.rundir.fence import Fence
 from launcher.rundir.lock import Holder
 from launcher.rundir.records import read_json_lines
 
@@ -14,7 +15,8 @@ _LOST = "the launching process ended without a word: killed, or its machine went
 
 
 def begin_attempt(run: RunDirectory, attempt: int, stopping: bool = False) -> None:
-    """The run goes on in another attempt, if only to stop."""
+    """The run goes on in another attempt, if only to stop; those before are no longer the current one."""
+    Fence(run, attempt).put_up()
     state = State.stopping if stopping else State.running
     Status.read(run.status).now(state, attempt=attempt, reason=None).write(run.status)
 

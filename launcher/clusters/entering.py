@@ -17,6 +17,7 @@ from launcher.config.schema import RunConfig
 from launcher.errors import RunError
 from launcher.rundir import RunDirectory, State, Status, read_json, write_json
 from launcher.rundir.access import restrict_umask
+from launcher.rundir.cancellation import Cancellation
 from launcher.rundir.lock import RunLock
 from launcher.rundir.provenance import provenance
 from launcher.rundir.records import drop_cut_line, write_text
@@ -109,6 +110,7 @@ def _same_run(run: RunDirectory, config: RunConfig, job_may_change: bool) -> Run
 
 def _next_attempt(run: RunDirectory, lock: RunLock, command: Sequence[str]) -> int:
     """Clear up what a killed launch has left, and write down that this one has come."""
+    Cancellation.clear(run)
     drop_cut_line(run.metrics)
     drop_cut_line(run.attempts)
     attempt = record_lost_attempts(run, lock.previous) + 1

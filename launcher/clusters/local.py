@@ -17,9 +17,10 @@ from launcher.clusters.folders import shown
 from launcher.clusters.progress import Restarts, newest_step, where
 from launcher.config.rules import world_size
 from launcher.config.schema import RunConfig
-from launcher.errors import EXIT_FINISHED, EXIT_RESUMABLE
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_RESUMABLE
 from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State
+from launcher.rundir.cancellation import Cancellation, is_cancelled_at_once
 from launcher.rundir.failures import Failure, first_failure
 
 __all__ = ["launch"]
@@ -50,6 +51,7 @@ def launch(
         return EXIT_FINISHED, entry.run
     _introduce(entry, config)
     forwarder.on_request = lambda: _acknowledge(entry.run)
+    forwarder.ends_at_once = lambda: is_cancelled_at_once(entry.run)
     try:
         return _attempts(config, entry, forwarder), entry.run
     finally:
@@ -114,6 +116,9 @@ def _attempt(config: RunConfig, run: RunDirectory, attempt: int, forwarder: Stop
     except WorkersDiedError as died:
         silent = [_silent_death(run, attempt, rank, code) for rank, code in died.deaths.items()]
         failure = first_failure(run, attempt, silent)
+        cancellation = Cancellation.read(run)
+        if cancellation is not None and not cancellation.save:
+            return _End(started, State.failed, EXIT_FAILED, str(cancellation))
         if forwarder.requested and (failure is None or failure.killed):
             reason = f"stopped at once ({forwarder.requested}): the workers were killed before they could save"
             return _End(started, State.resumable, EXIT_RESUMABLE, reason)
@@ -122,7 +127,7 @@ def _attempt(config: RunConfig, run: RunDirectory, attempt: int, forwarder: Stop
     outcome = outcomes[0]
     if outcome.finished:
         return _End(started, State.finished, EXIT_FINISHED)
-    asked = forwarder.requested or "a signal to a worker"
+    asked = Cancellation.read(run) or forwarder.requested or "a signal to a worker"
     reason = f"stopped on request ({asked}) after step {outcome.step}"
     return _End(started, State.resumable, EXIT_RESUMABLE, reason)
 

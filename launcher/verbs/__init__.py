@@ -14,6 +14,10 @@ from launcher.errors import RequestError
 __all__ = ["VERBS", "act", "is_word"]
 
 VERBS = {
+    "ls": "launch ls",
+    "status": "launch status RUN",
+    "logs": "launch logs RUN [-f]",
+    "cancel": "launch cancel RUN [--save]",
     "resume": "launch resume RUN [key=value …]",
     "export": "launch export RUN out.safetensors",
 }
