@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from launcher.checkpoint import CheckpointStore
 from launcher.rundir import RunDirectory, State, Status, append_json_line
 from launcher.rundir.fence import Fence
 from launcher.rundir.lock import Holder
@@ -90,6 +91,7 @@ def _record_end(run: RunDirectory, attempt: int, start: float, end: float, ended
         "last_step": max(steps, default=None),
         "ended": ended,
         "reason": reason,
+        "checkpoint": CheckpointStore(run.checkpoints).newest_step(),
     }
     append_json_line(run.attempts, line)
 

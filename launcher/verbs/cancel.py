@@ -59,13 +59,9 @@ def act(words: Sequence[str]) -> int:
 
 def _nobody(view: View) -> str:
     if view.is_alive is None:
-        return (
-            f"SLURM cannot be asked about job {view.job_id} here ({view.slurm_problem}): try a login node."
-        )
+        return f"SLURM cannot be asked about job {view.job_id} here ({view.slurm_problem}): try a login node."
     explained = f" ({view.explanation})" if view.explanation else ""
-    return (
-        f"Nobody is at work on the run {view.run.path}: nothing to cancel: it is {view.condition}{explained}."
-    )
+    return f"Nobody is at work on the run {view.run.path}: nothing to cancel: it is {view.condition}{explained}."
 
 
 def _cancel_here(run: RunDirectory, launcher: Holder, save: bool) -> None:

@@ -31,6 +31,7 @@ class VerbParser(argparse.ArgumentParser):
         self.add_argument("--runs-root", default="runs", metavar="FOLDER", help="the folder of all runs")
 
     def error(self, message: str) -> Never:
+        """Raises RequestError, with the usage."""
         raise RequestError(f"{self.prog}: {message}. {self.format_usage().strip()}")
 
 

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["QueueError", "SlurmJob", "ask", "cancel", "hostnames", "requeue", "show"]
+__all__ = ["NoQueueError", "QueueError", "SlurmJob", "ask", "cancel", "hostnames", "requeue", "show"]
 
 _TIMEOUT_SECONDS = 20.0
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
@@ -16,6 +16,10 @@ _FIELDS = "%i|%T|%r|%S|%N"
 
 class QueueError(Exception):
     """SLURM could not be asked, or has refused; says why."""
+
+
+class NoQueueError(QueueError):
+    """SLURM's commands are not here."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def run(words: Sequence[str]) -> str:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
     except FileNotFoundError:
-        raise QueueError(f"there is no {words[0]} here: this is no node of a SLURM cluster") from None
+        raise NoQueueError(f"there is no {words[0]} here: this is no node of a SLURM cluster") from None
     except subprocess.TimeoutExpired:
         raise QueueError(f"{words[0]} has not answered within {_TIMEOUT_SECONDS:g} s") from None
     if done.returncode != 0:
