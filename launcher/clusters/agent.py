@@ -143,7 +143,7 @@ def run_workers(
         max_nodes=node.num_nodes if node is not None else 1,
         nproc_per_node=num_workers,
         logs_specs=DefaultLogsSpecs(log_dir=scratch.name),
-        run_id=f"{run_path.name}/attempt-{attempt}",
+        run_id=f"{run_path.name}-{attempt}",
         # c10d would order the nodes by their addresses, as text.
         rdzv_backend="c10d" if node is None else "static",
         # Port 0: the kernel picks a free one.

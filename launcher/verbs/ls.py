@@ -44,8 +44,9 @@ def _row(view: View) -> tuple[str, ...]:
     if status is None:
         return (view.name, view.condition, "", "", "", "", "")
     where = f"job {status.job_id}" if status.job_id is not None else ", ".join(status.hosts)
-    waiting = f"{view.job.state}: {view.job.reason or ''}" if view.job is not None and view.job.is_alive else ""
-    reason = (view.explanation or waiting).rstrip(": ")
+    job = view.job if view.job is not None and view.job.is_alive else None
+    waiting = f"{job.state}: {job.reason or ''}".rstrip(": ") if job is not None and job.state != "RUNNING" else ""
+    reason = "; ".join(filter(None, (waiting, view.explanation)))
     first = reason.splitlines()[0] if reason else ""
     shown = first if len(first) <= _REASON_WIDTH else f"{first[: _REASON_WIDTH - 1]}…"
     return (view.name, view.condition, str(status.step), str(status.attempt), ago(status.updated), where, shown)

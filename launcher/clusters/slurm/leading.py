@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,11 @@ def lead(run: RunDirectory, config: RunConfig, place: JobPlace, submission: Path
         return EXIT_FAILED
     use_network(config.cluster.interface, channel.address)
     channel.arrive()
-    code = _Turn(run, place, channel, submission, forwarder).run()
+    try:
+        code = _Turn(run, place, channel, submission, forwarder).run()
+    except Exception as error:  # a mistake of ours: the job ends, and the run is not left as if it went on
+        traceback.print_exc()
+        code = _end_without_attempt(run, f"the first node failed: {type(error).__name__}: {error}")
     channel.direct(Directive(exit_code=code))
     channel.wait_until_ended("all", _FAREWELL_SECONDS)
     return code

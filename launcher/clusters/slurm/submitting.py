@@ -1,4 +1,4 @@
-"""Sending runs to SLURM: each in a directory of its own, with the code as it is now; one job, or an array of several."""
+"""Sending runs to SLURM: each in its own directory, with the code as it is now; one job, or an array of several."""
 
 from __future__ import annotations
 
