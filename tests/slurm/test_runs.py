@@ -1,4 +1,4 @@
-"""Runs as jobs of a real SLURM: submitted, stopped, requeued, and brought to the same end whatever happens on the way."""
+"""Runs as jobs of a real SLURM: submitted, stopped, requeued, and brought to the same end whatever happens to them."""
 
 from __future__ import annotations
 
