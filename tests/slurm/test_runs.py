@@ -288,3 +288,16 @@ def test_a_job_is_submitted_from_inside_a_job(cluster: Cluster, project: Path) -
     assert run.job_id != str(outer)
     run.until_state("finished")
     assert cluster.job(run.job_id)["NumNodes"] == "1"
+
+
+def test_a_preempted_job_saves_makes_room_and_goes_on(
+    cluster: Cluster, project: Path, undisturbed: dict[int, str]
+) -> None:
+    run = submit(cluster, project, *TWO_BY_TWO, "job.sleep=0.3")
+    run.until_step(4)
+    urgent = cluster.submit("sleep 3", project, "--partition=urgent", "--nodes=2", "--exclusive", "--mem=0")
+    cluster.until_state(urgent, "COMPLETED", timeout_seconds=PATIENCE_SECONDS)
+    run.until_state("finished")
+    assert run.digest == undisturbed[4]
+    assert run.ended == ["resumable", "finished"]
+    assert run.steps() == list(range(1, STEPS + 1)), "no step twice, none left out"
