@@ -29,11 +29,14 @@ def mark_stopping(run: RunDirectory) -> None:
         status.now(State.stopping).write(run.status)
 
 
-def end_run(run: RunDirectory, attempt: int, started: float, state: State, reason: str | None) -> None:
-    """Write down how an attempt, and with it (for now) the run, has ended."""
+def end_run(
+    run: RunDirectory, attempt: int, started: float, state: State, reason: str | None, goes_on: bool = False
+) -> None:
+    """Write down how an attempt has ended, and with it the run, unless that goes on in another attempt at once."""
     steps = reported_steps(run, attempt)
     status = Status.read(run.status)
-    status.now(state, attempt=attempt, step=max(steps, default=status.step), reason=reason).write(run.status)
+    now = State.running if goes_on else state
+    status.now(now, attempt=attempt, step=max(steps, default=status.step), reason=reason).write(run.status)
     _record_end(run, attempt, started, time.time(), state.value, reason)
 
 

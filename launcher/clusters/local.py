@@ -81,7 +81,8 @@ def _attempts(config: RunConfig, entry: Entry, forwarder: StopForwarder) -> int:
         reason = f"rank {end.failure.rank}: {end.failure.message}"
         has_stepped = len(reported_steps(run, attempt)) > 0
         refusal = restarts.refusal(end.failure, has_stepped, forwarder.requested is not None)
-        end_run(run, attempt, end.started, State.failed, f"{reason} ({refusal})" if refusal else reason)
+        explained = f"{reason} ({refusal})" if refusal else reason
+        end_run(run, attempt, end.started, State.failed, explained, goes_on=refusal is None)
         if refusal is not None:
             if refusal:
                 say(refusal)

@@ -102,7 +102,7 @@ def test_a_failure_that_comes_back_ends_the_job_with_its_reason(cluster: Cluster
 
 
 def test_the_time_limit_stops_saves_and_requeues(cluster: Cluster, project: Path, undisturbed: dict[int, str]) -> None:
-    limit = ("cluster.time_limit_min=1", "cluster.signal_lead_seconds=15", "job.sleep=1.5")
+    limit = ("cluster.time_limit_min=2", "cluster.signal_lead_seconds=80", "job.sleep=0.9")
     run = submit(cluster, project, *TWO_BY_TWO, *limit)
     until(lambda: len(run.attempts) >= 1, "stopped", PATIENCE_SECONDS)
     assert run.ended[0] == "resumable", run.told()

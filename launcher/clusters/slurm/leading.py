@@ -172,7 +172,8 @@ class _Turn:
         reason = f"rank {failure.rank}: {failure.message}"
         has_stepped = len(reported_steps(run, attempt)) > 0
         refusal = restarts.refusal(failure, has_stepped, self._forwarder.requested is not None)
-        end_run(run, attempt, started, State.failed, f"{reason} ({refusal})" if refusal else reason)
+        explained = f"{reason} ({refusal})" if refusal else reason
+        end_run(run, attempt, started, State.failed, explained, goes_on=refusal is None)
         if refusal:
             say(refusal)
         say(str(failure), error=True)
