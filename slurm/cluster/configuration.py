@@ -32,8 +32,8 @@ class Options:
     """That each node claims to have."""
     rate: str | None = None
     """The links' speed, each way, in tc's words such as 1gbit; None: as fast as the machine."""
-    slurmd_timeout_seconds: int = 10
-    """A node that has not answered for so long is DOWN and its jobs are requeued."""
+    slurmd_timeout_seconds: int = 8
+    """A node that does not answer is DOWN after this and some ten seconds more, and its jobs are requeued."""
     requeue_delay_seconds: int = 5
     """A requeued job waits so long (SLURM's own default is 120)."""
 
@@ -166,6 +166,7 @@ GresTypes=gpu
 JobRequeue=1
 ReturnToService=2
 SlurmdTimeout={options.slurmd_timeout_seconds}
+MessageTimeout=6
 KillWait=10
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -66,12 +66,12 @@ def marked(directory: Path) -> list[int]:
         if not entry.name.isdigit() or int(entry.name) in mine:
             continue
         with suppress(OSError):  # it has ended
-            if entry_of_it in (entry / "environ").read_bytes().split(b"\0") and _state(int(entry.name)) not in "ZX":
+            if entry_of_it in (entry / "environ").read_bytes().split(b"\0") and _is_alive(int(entry.name)):
                 found.append(int(entry.name))
     return found
 
 
-def end(pids: Sequence[int]) -> None:
+def end(pids: Iterable[int]) -> None:
     """Kill them."""
     for pid in pids:
         with suppress(ProcessLookupError):
@@ -81,14 +81,19 @@ def end(pids: Sequence[int]) -> None:
 def until_gone(directory: Path, timeout_seconds: float = 10.0) -> list[int]:
     """Kill the cluster's processes until there are none; returns those that will not go."""
     deadline = time.monotonic() + timeout_seconds
-    while (left := marked(directory)) and time.monotonic() < deadline:
+    left = set(marked(directory))
+    while left and time.monotonic() < deadline:
         end(left)
-        time.sleep(0.05)
-    return left
+        time.sleep(0.02)
+        # One that is ending has no environment any more, but still holds its namespaces.
+        left = {pid for pid in left if _is_alive(pid)} | set(marked(directory))
+    return sorted(left)
 
 
-def _state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+def _is_alive(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
 
 
 def _self_and_ancestors() -> set[int]:
