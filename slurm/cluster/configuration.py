@@ -8,7 +8,7 @@ import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["HEAD", "HEAD_ADDRESS", "Options", "Places", "write_files"]
+__all__ = ["HEAD", "HEAD_ADDRESS", "Options", "Places", "slurm_conf", "write_files"]
 
 HEAD = "head"
 """The controller's host name."""
@@ -118,7 +118,7 @@ def write_files(places: Places, options: Options) -> None:
         os.mknod(root / "devices" / f"gpu{number}", stat.S_IFCHR | 0o666, _NULL_DEVICE)
     addresses = [f"{options.address(name)} {name}" for name in options.names]
     places.hosts.write_text("\n".join(["127.0.0.1 localhost", f"{HEAD_ADDRESS} {HEAD}", *addresses, ""]))
-    places.slurm_conf.write_text(_slurm_conf(places, options))
+    places.slurm_conf.write_text(slurm_conf(places, options))
     (root / "gres.conf").write_text(_gres_conf(root, options))
 
 
@@ -129,7 +129,8 @@ def _gres_conf(root: Path, options: Options) -> str:
     return f"AutoDetect=off\nName=gpu File={root}/devices/{last}\n"
 
 
-def _slurm_conf(places: Places, options: Options) -> str:
+def slurm_conf(places: Places, options: Options) -> str:
+    """The text of slurm.conf."""
     root = places.directory
     gres = f"Gres=gpu:{options.gpus}" if options.gpus else ""
     node = f"CPUs={options.cpus} RealMemory={options.memory_mib} {gres} State=UNKNOWN"
