@@ -28,7 +28,9 @@ from launcher.clusters.slurm.network import address_of, address_towards, interfa
 from launcher.clusters.slurm.queue import hostnames
 
 _REPEATS = 5
-_DEFAULT_TIMEOUT_SECONDS = 60
+_DEFAULT_TIMEOUT_SECONDS = 30
+_PATIENCE = 6
+"""Timeouts that a failure may take: gloo tries to connect four times."""
 
 
 def main() -> int:
@@ -58,7 +60,7 @@ def main() -> int:
     together = _together(store, present, rank, asked) if not report.failures else None
     store.set(f"report/{rank}", json.dumps(asdict(report)))
     if rank != present[0]:
-        store.wait(["done"], timedelta(seconds=asked.timeout * 3 * (asked.partners + 1)))
+        store.wait(["done"], timedelta(seconds=_PATIENCE * asked.timeout * (asked.partners + 1)))
         return 0
     return _conclude(store, names, present, together, asked)
 
@@ -134,8 +136,8 @@ def _measure(store: dist.TCPStore, names: list[str], index: int, address: str, a
                     dist.destroy_process_group()
         store.set(f"round-{number}/ended/{index}", "")
         for one in sorted(waited_for):
-            try:  # a partner that cannot be reached costs two timeouts: one to connect, one to give up
-                store.wait([f"round-{number}/ended/{one}"], timedelta(seconds=3 * asked.timeout))
+            try:
+                store.wait([f"round-{number}/ended/{one}"], timedelta(seconds=_PATIENCE * asked.timeout))
             except (dist.DistError, RuntimeError):
                 waited_for.discard(one)
     return NodeReport(names[index], address, report.speeds, median(milliseconds or [0.0]), report.failures)
@@ -193,7 +195,7 @@ def _conclude(
     reports, missing = [], [names[one] for one in range(len(names)) if one not in present]
     for one in present:
         try:
-            store.wait([f"report/{one}"], timedelta(seconds=3 * asked.timeout))
+            store.wait([f"report/{one}"], timedelta(seconds=_PATIENCE * asked.timeout))
             reports.append(NodeReport(**json.loads(store.get(f"report/{one}"))))
         except (dist.DistError, RuntimeError):
             missing.append(names[one])

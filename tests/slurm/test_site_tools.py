@@ -20,7 +20,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def preflight(cluster: Cluster, folder: Path, nodes: int, before: str = "") -> subprocess.CompletedProcess[str]:
-    command = f"{before} exec {sys.executable} {SLURM / 'preflight.py'} --mebibytes 1 --timeout 8"
+    command = f"{before} exec {sys.executable} {SLURM / 'preflight.py'} --mebibytes 1 --timeout 5"
     words = ("srun", f"--nodes={nodes}", "--ntasks-per-node=1", "bash", "-c", command)
     return cluster.run(*words, folder=folder, environment=ONE_THREAD, check=False, timeout_seconds=120)
 
