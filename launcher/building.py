@@ -51,7 +51,7 @@ def build_trainer(
     ranks: Ranks,
     stop: StopRequest,
     report_to: Callable[[RunFacts], Reporter],
-    checkpoints: Path,
+    store: CheckpointStore,
 ) -> Trainer:
     """Build everything; collective.
 
@@ -61,7 +61,7 @@ def build_trainer(
         ranks: where this process stands.
         stop: the request to stop that the loop looks at.
         report_to: makes this rank's reporter.
-        checkpoints: the folder of the run's checkpoints; the newest valid one is gone on from.
+        store: the run's checkpoints; the newest valid one is gone on from.
 
     Raises:
         JobError: the job's model or data cannot be used.
@@ -76,7 +76,6 @@ def build_trainer(
     assert dataset is not None
     shape = BatchShape(train.micro_batch_size, accumulation_steps(config, ranks.world_size), ranks.world_size)
     data = training_data(job, dataset, shape, ranks.rank, config.seed)
-    store = CheckpointStore(checkpoints)
     found = _find(store, config, ranks)
     done = found.checkpoint.manifest if found.checkpoint is not None else None
     before = (done.step, done.samples) if done is not None else (0, 0)

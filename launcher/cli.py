@@ -19,11 +19,13 @@ from launcher.verbs import act, is_word
 
 if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
+    from launcher.rundir import RunDirectory
 
 __all__ = ["main"]
 
 _RESUME = "resume"
 _INTERRUPTED = "launch: interrupted before training began"
+_CHECK = "check"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +55,8 @@ def _act(arguments: list[str]) -> int:
     if not arguments:
         print(_what_to_type(), file=sys.stderr)
         return EXIT_REQUEST
+    if arguments[0] == _CHECK:
+        return _check(arguments[1:])
     if is_word(arguments[0]) and arguments[0] != _RESUME:
         return act(arguments)
     return _train_here(arguments)
@@ -67,22 +71,31 @@ def _train_here(arguments: list[str]) -> int:
     forwarder = StopForwarder()
 
     def command(config: RunConfig, warnings: list[str]) -> float | None:
-        from launcher.clusters.local import launch
-        from launcher.rundir.records import read_json
-
         if forwarder.requested or EXIT_RESUMABLE in codes:
             if not codes:
                 print(_INTERRUPTED, file=sys.stderr)
             codes.append(EXIT_RESUMABLE)
             return None
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+        _warn(warnings)
+        if config.cluster.kind == "slurm":
+            from launcher.clusters.slurm.submitting import submit
+
+            run = submit(config, ["launch", *arguments], job_may_change=resumes)
+            return _followed([run], codes)[0] if config.cluster.wait else None
+        from launcher.clusters.local import launch
+
         code, run = launch(config, ["launch", *arguments], forwarder, job_may_change=resumes)
         codes.append(code)
-        if code != EXIT_FINISHED:
-            return math.nan
-        result = read_json(run.result)
-        return float((result["validation"] or result)["loss"])
+        return _loss(run) if code == EXIT_FINISHED else math.nan
+
+    def together(runs: Sequence[tuple[RunConfig, list[str]]]) -> Sequence[float | None] | None:
+        if {config.cluster.kind for config, _ in runs} != {"slurm"}:
+            return None
+        from launcher.clusters.slurm.submitting import submit_sweep
+
+        _warn(list(dict.fromkeys(warning for _, warnings in runs for warning in warnings)))
+        made = submit_sweep([config for config, _ in runs], ["launch", *arguments])
+        return _followed(made, codes) if runs[0][0].cluster.wait else [None] * len(made)
 
     with forwarder.listening():
         if resumes:
@@ -92,8 +105,50 @@ def _train_here(arguments: list[str]) -> int:
         else:
             from launcher.config.compose import compose
 
-            compose(arguments, _prepare, command)
+            compose(arguments, _prepare, command, together=together)
     return max(codes, default=EXIT_FINISHED)
+
+
+def _check(arguments: list[str]) -> int:
+    """``launch check``: everything that is looked at before a launch, and what would be sent to SLURM."""
+    codes: list[int] = []
+
+    def command(config: RunConfig, warnings: list[str]) -> None:
+        _warn(warnings)
+        if config.cluster.kind == "slurm":
+            from launcher.clusters.slurm.submitting import check
+
+            codes.append(EXIT_FINISHED if check(config) else EXIT_REQUEST)
+        else:
+            from launcher.config.rules import world_size
+
+            print(f"right: {world_size(config)} worker(s) on {config.device.value}; nothing was started")
+
+    from launcher.config.compose import compose
+
+    compose(arguments, _prepare, command)
+    return max(codes, default=EXIT_FINISHED)
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _followed(runs: Sequence[RunDirectory], codes: list[int]) -> list[float]:
+    """Wait for submitted runs; each one's loss."""
+    from launcher.verbs.following import follow
+
+    for run in runs:
+        codes.append(follow(run, with_logs=len(runs) == 1))
+    return [_loss(run) if run.result.exists() else math.nan for run in runs]
+
+
+def _loss(run: RunDirectory) -> float:
+    from launcher.rundir.records import read_json
+
+    result = read_json(run.result)
+    return float((result["validation"] or result)["loss"])
 
 
 def _prepare(config: RunConfig) -> list[str]:

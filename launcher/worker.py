@@ -17,9 +17,10 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # made 
 from torch.distributed.rendezvous import rendezvous
 
 from launcher.building import build_trainer
+from launcher.checkpoint import CheckpointStore
 from launcher.config.files import load_config
 from launcher.config.schema import Device, RunConfig
-from launcher.environment import Ranks, thread_limit
+from launcher.environment import Ranks, slurm_job_id, thread_limit
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED
 from launcher.observe import Reporter, RunFacts, build_reporter
 from launcher.observe.ranklog import Streams, redirect_to_log
@@ -28,6 +29,7 @@ from launcher.orphans import die_with_parent
 from launcher.rundir import RunDirectory, State, Status, write_json
 from launcher.rundir.access import restrict_umask
 from launcher.rundir.failures import Failure
+from launcher.rundir.fence import Fence
 from launcher.rundir.lock import hold_as_worker
 from launcher.training.digest import parameters_digest
 from launcher.training.loop import Outcome, Trainer
@@ -107,6 +109,7 @@ class _Life:
     ) -> None:
         self._run = run
         self._attempt = attempt
+        self._fence = Fence(run, attempt)
         self._ranks = ranks
         self._stop = stop
         self._terminal = terminal
@@ -122,7 +125,8 @@ class _Life:
         started = time.time()
         config = load_config(self._run.config_of(self._attempt))
         device = _enter_group(config, self._ranks, self._attempt)
-        self._trainer = build_trainer(config, device, self._ranks, self._stop, self._report_to, self._run.checkpoints)
+        store = CheckpointStore(self._run.checkpoints, self._fence.holds)
+        self._trainer = build_trainer(config, device, self._ranks, self._stop, self._report_to, store)
         outcome = self._trainer.train()
         digest = parameters_digest(self._trainer.learner.model.module)
         if self._ranks.rank == 0:
@@ -134,8 +138,10 @@ class _Life:
         return outcome
 
     def _report_to(self, facts: RunFacts) -> Reporter:
-        status = Status(State.running, attempt=self._attempt, hosts=tuple(dict.fromkeys(facts.hosts)))
-        return build_reporter(self._run, facts, self._terminal, status, lambda: self._stop.requested)
+        hosts = tuple(dict.fromkeys(facts.hosts))
+        job_id = slurm_job_id(os.environ) if facts.config.cluster.kind == "slurm" else None
+        status = Status(State.running, attempt=self._attempt, hosts=hosts, job_id=job_id)
+        return build_reporter(self._run, facts, self._terminal, status, lambda: self._stop.requested, self._fence.holds)
 
     def close(self) -> None:
         """Let go of the console, so that what follows stands below the live line."""
@@ -155,6 +161,8 @@ class _Life:
             "parameters_digest": digest,
             "seconds": seconds,
         }
+        if not self._fence.holds():
+            return
         write_json(self._run.result, result)
         self._trainer.reporter.finish(result)
 

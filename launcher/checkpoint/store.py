@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -111,10 +112,12 @@ class CheckpointStore:
 
     Args:
         directory: their folder; it need not exist.
+        is_current: False once a later attempt at the run has begun: this one is to write nothing any more.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, is_current: Callable[[], bool] = lambda: True) -> None:
         self.directory = directory
+        self._is_current = is_current
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is once it is committed."""
@@ -155,6 +158,7 @@ class CheckpointStore:
 
     def begin(self, step: int) -> Path:
         """A new, empty folder to write into. Raises OSError."""
+        self._check_current()
         self.directory.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         partial = self.partial(step)
         remove_tree(partial)
@@ -173,11 +177,17 @@ class CheckpointStore:
             file.write(manifest.render())
         Checkpoint(partial, manifest.step).check_entries(trust_shared=True)
         sync_folder(partial)
+        self._check_current()
         if final.exists():  # one that was passed over, or the run would not have come here again
             self.set_aside(final)
         os.rename(partial, final)
         sync_folder(self.directory)
         return Checkpoint(final, manifest.step)
+
+    def _check_current(self) -> None:
+        if not self._is_current():
+            reason = "a later attempt at the run has begun; this one is over"
+            raise OSError(errno.ESTALE, reason, str(self.directory))
 
     def discard(self, step: int) -> None:
         """Forget what has been written so far."""

@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
@@ -23,11 +24,25 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from launcher.training.loop import Outcome
 
-__all__ = ["StopForwarder", "WorkersDiedError", "run_workers"]
+__all__ = ["Node", "StopForwarder", "WorkersDiedError", "run_workers"]
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 _GRACE_SECONDS = 3.0
 _POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Node:
+    """This machine among several, which agree through a store that the first of them has opened."""
+
+    rank: int
+    """From 0; the workers' ranks follow it."""
+    num_nodes: int
+    address: str
+    port: int
+    """Where the store listens. On the first machine it is in this very process."""
+    is_lost: Callable[[], bool] = lambda: False
+    """Asked now and then: whether the attempt has failed elsewhere, and the workers here are to end."""
 
 
 class WorkersDiedError(Exception):
@@ -55,6 +70,8 @@ class StopForwarder:
         """The signal that asked first."""
         self.on_request: Callable[[], None] | None = None
         """Called at the first request, in the signal's handler; None as long as there is no run."""
+        self.ends_at_once: Callable[[], bool] = lambda: False
+        """Asked at each request, in the signal's handler: whether to kill the workers instead."""
         self._requests = self._interrupts = 0
 
     @contextmanager
@@ -69,6 +86,13 @@ class StopForwarder:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def request(self, reason: str) -> None:
+        """Ask for a stop without a signal; the reaper passes it on."""
+        if self.requested is None:
+            self.requested = reason
+            with suppress(OSError, ValueError):
+                (self.on_request or (lambda: None))()
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         is_first, self.requested = self.requested is None, self.requested or signal.Signals(number).name
         self._interrupts += number == signal.SIGINT
@@ -77,14 +101,19 @@ class StopForwarder:
             if self._requests > 1:
                 raise KeyboardInterrupt
             return
-        _signal_workers(signal.SIGKILL if self._interrupts > 1 else signal.SIGTERM)
+        _signal_workers(signal.SIGKILL if self._interrupts > 1 or self.ends_at_once() else signal.SIGTERM)
         if is_first:
             with suppress(OSError, ValueError):  # no record of a request is worth losing the request
                 self.on_request()
 
 
 def run_workers(
-    run_path: Path, attempt: int, num_workers: int, agent_log: Path, forwarder: StopForwarder
+    run_path: Path,
+    attempt: int,
+    num_workers: int,
+    agent_log: Path,
+    forwarder: StopForwarder,
+    node: Node | None = None,
 ) -> dict[int, Outcome]:
     """Start the workers of an attempt on this machine and wait for all of them.
 
@@ -94,9 +123,10 @@ def run_workers(
         num_workers: on this machine.
         agent_log: where the elastic agent's log goes.
         forwarder: passes requests to stop on to the workers.
+        node: this machine among several; None if it is alone.
 
     Returns:
-        Each rank's outcome.
+        The outcome of each rank on this machine.
 
     Raises:
         WorkersDiedError: a worker failed, or was killed; the others have ended too.
@@ -109,19 +139,22 @@ def run_workers(
 
     scratch = tempfile.TemporaryDirectory(prefix="tminus-")  # the agent's own files; it never removes them
     configuration = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=node.num_nodes if node is not None else 1,
+        max_nodes=node.num_nodes if node is not None else 1,
         nproc_per_node=num_workers,
         logs_specs=DefaultLogsSpecs(log_dir=scratch.name),
-        run_id=run_path.name,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # port 0: the kernel picks a free one
-        local_addr="localhost",
+        run_id=f"{run_path.name}-{attempt}",
+        # c10d would order the nodes by their addresses, as text.
+        rdzv_backend="c10d" if node is None else "static",
+        # Port 0: the kernel picks a free one.
+        rdzv_endpoint="localhost:0" if node is None else f"{node.address}:{node.port}",
+        rdzv_configs={} if node is None else {"rank": node.rank},
+        local_addr="localhost" if node is None else node.address,
         max_restarts=0,
         monitor_interval=_POLL_SECONDS,
         signals_to_handle="SIGQUIT",  # the others are ours
     )
-    reaper = _Reaper(num_workers, forwarder)
+    reaper = _Reaper(num_workers, forwarder, node.is_lost if node is not None else lambda: False)
     try:
         with scratch, _log_to(agent_log), _held_back_in_children(), reaper.watching():
             outcomes = elastic_launch(configuration, main)(str(run_path), attempt, os.getpid())
@@ -158,7 +191,8 @@ def _held_back_in_children() -> Iterator[None]:
 class _Reaper:
     """Once a worker has died, gives the others a moment to end by themselves, then kills them."""
 
-    def __init__(self, num_workers: int, forwarder: StopForwarder) -> None:
+    def __init__(self, num_workers: int, forwarder: StopForwarder, is_lost: Callable[[], bool]) -> None:
+        self._is_lost = is_lost
         self._num_workers = num_workers
         self._forwarder = forwarder
         self._all_know = False
@@ -191,7 +225,7 @@ class _Reaper:
             if self._forwarder.requested and not self._all_know and len(self._workers) == self._num_workers:
                 self._all_know = True  # the request may have come before there was anybody to pass it on to
                 self._signal(signal.SIGTERM)
-            if any(_has_failed(worker) for worker in self._workers.values()):
+            if self._is_lost() or any(_has_failed(worker) for worker in self._workers.values()):
                 done.wait(_GRACE_SECONDS)
                 self._killed |= self._signal(signal.SIGKILL)
                 return

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 
+from launcher.checkpoint import CheckpointStore
 from launcher.rundir import RunDirectory, State, Status, append_json_line
+from launcher.rundir.fence import Fence
 from launcher.rundir.lock import Holder
 from launcher.rundir.records import read_json_lines
 
@@ -14,7 +16,8 @@ _LOST = "the launching process ended without a word: killed, or its machine went
 
 
 def begin_attempt(run: RunDirectory, attempt: int, stopping: bool = False) -> None:
-    """The run goes on in another attempt, if only to stop."""
+    """The run goes on in another attempt, if only to stop; those before are no longer the current one."""
+    Fence(run, attempt).put_up()
     state = State.stopping if stopping else State.running
     Status.read(run.status).now(state, attempt=attempt, reason=None).write(run.status)
 
@@ -26,11 +29,14 @@ def mark_stopping(run: RunDirectory) -> None:
         status.now(State.stopping).write(run.status)
 
 
-def end_run(run: RunDirectory, attempt: int, started: float, state: State, reason: str | None) -> None:
-    """Write down how an attempt, and with it (for now) the run, has ended."""
+def end_run(
+    run: RunDirectory, attempt: int, started: float, state: State, reason: str | None, goes_on: bool = False
+) -> None:
+    """Write down how an attempt has ended, and with it the run, unless that goes on in another attempt at once."""
     steps = reported_steps(run, attempt)
     status = Status.read(run.status)
-    status.now(state, attempt=attempt, step=max(steps, default=status.step), reason=reason).write(run.status)
+    now = State.running if goes_on else state
+    status.now(now, attempt=attempt, step=max(steps, default=status.step), reason=reason).write(run.status)
     _record_end(run, attempt, started, time.time(), state.value, reason)
 
 
@@ -88,6 +94,7 @@ def _record_end(run: RunDirectory, attempt: int, start: float, end: float, ended
         "last_step": max(steps, default=None),
         "ended": ended,
         "reason": reason,
+        "checkpoint": CheckpointStore(run.checkpoints).newest_step(),
     }
     append_json_line(run.attempts, line)
 

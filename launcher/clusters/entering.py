@@ -11,17 +11,20 @@ from pathlib import Path
 from launcher.checkpoint.safety import writable_by_others
 from launcher.clusters.attempts import record_lost_attempts
 from launcher.clusters.safety import TRUST, refuse_shared_run
+from launcher.clusters.slurm import queue
+from launcher.clusters.slurm.queue import QueueError
 from launcher.config.differences import Difference, differences, fixed_differences
 from launcher.config.files import load_config, to_yaml
 from launcher.config.schema import RunConfig
 from launcher.errors import RunError
 from launcher.rundir import RunDirectory, State, Status, read_json, write_json
 from launcher.rundir.access import restrict_umask
+from launcher.rundir.cancellation import Cancellation
 from launcher.rundir.lock import RunLock
 from launcher.rundir.provenance import provenance
 from launcher.rundir.records import drop_cut_line, write_text
 
-__all__ = ["Entry", "enter"]
+__all__ = ["Entry", "enter", "has_finished"]
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,16 @@ class Entry:
         return self.lock is None
 
 
-def enter(config: RunConfig, command: Sequence[str], job_may_change: bool = False) -> Entry:
+def enter(
+    config: RunConfig, command: Sequence[str], job_may_change: bool = False, state: State = State.running
+) -> Entry:
     """Make the run's directory, or go on with the run in ``config.run_dir``.
 
     Args:
         config: prepared and checked.
         command: the command line, for the record.
         job_may_change: of a run that exists, whether the job's arguments may be others than before.
+        state: that the run is in from now on: running, or submitted.
 
     Raises:
         ConfigurationError: no directory can be made there.
@@ -56,33 +62,34 @@ def enter(config: RunConfig, command: Sequence[str], job_may_change: bool = Fals
     """
     restrict_umask()
     if config.run_dir is not None and (run := RunDirectory(Path(config.run_dir).absolute())).config.is_file():
-        return _go_on(run, config, command, job_may_change)
+        return _go_on(run, config, command, job_may_change, state)
     _check_initial_weights(config)
     run = RunDirectory.create(Path(config.runs_root), config.name, config.run_dir)
     lock = _take(run)
     if run.config.is_file():  # another launch has made the same run in between
         lock.release()
-        return _go_on(run, config, command, job_may_change)
+        return _go_on(run, config, command, job_may_change, state)
     if reason := writable_by_others(run.path):  # a folder of somebody else's, or a file system without modes
         print(f"warning: {reason}: the run will not be gone on with, except by {TRUST}", file=sys.stderr)
     write_text(run.config, to_yaml(config))
     write_json(run.provenance, provenance(command, Path.cwd()))
-    Status(State.running, hosts=(socket.gethostname(),)).write(run.status)
+    Status(state, hosts=_hosts(state)).write(run.status)
     return Entry(run, attempt=0, lock=lock)
 
 
-def _go_on(run: RunDirectory, config: RunConfig, command: Sequence[str], job_may_change: bool) -> Entry:
+def _go_on(run: RunDirectory, config: RunConfig, command: Sequence[str], job_may_change: bool, state: State) -> Entry:
     refuse_shared_run(run, config.checkpoint.trust_shared_directory)
-    if _has_finished(run, config):
+    if has_finished(run, config):
         return Entry(run, attempt=0)
     _same_run(run, config, job_may_change)  # before anything is written
+    _refuse_live_job(run)
     lock = _take(run)
     try:
-        if _has_finished(run, config):  # while we were looking
+        if has_finished(run, config):  # while we were looking
             lock.release()
             return Entry(run, attempt=0)
         before = _same_run(run, config, job_may_change)
-        attempt = _next_attempt(run, lock, command)
+        attempt = _next_attempt(run, lock, command, state)
         changes = differences(before, config)
         if changes:
             resolved = replace(config, run_dir=before.run_dir, runs_root=before.runs_root)
@@ -107,16 +114,39 @@ def _same_run(run: RunDirectory, config: RunConfig, job_may_change: bool) -> Run
     return before
 
 
-def _next_attempt(run: RunDirectory, lock: RunLock, command: Sequence[str]) -> int:
+def _next_attempt(run: RunDirectory, lock: RunLock, command: Sequence[str], state: State) -> int:
     """Clear up what a killed launch has left, and write down that this one has come."""
+    Cancellation.clear(run)
     drop_cut_line(run.metrics)
     drop_cut_line(run.attempts)
     attempt = record_lost_attempts(run, lock.previous) + 1
     _add_provenance(run, attempt, command)
     run.result.unlink(missing_ok=True)  # of a run that had finished, and is to go on for longer
     step = Status.read(run.status).step if run.status.exists() else 0
-    Status(State.running, attempt=attempt, step=step, hosts=(socket.gethostname(),)).write(run.status)
+    Status(state, attempt=attempt, step=step, hosts=_hosts(state)).write(run.status)
     return attempt
+
+
+def _hosts(state: State) -> tuple[str, ...]:
+    """Where the run is launched; of one that is submitted nobody knows yet."""
+    return (socket.gethostname(),) if state is State.running else ()
+
+
+def _refuse_live_job(run: RunDirectory) -> None:
+    """Raises RunError if SLURM has a job that works, or will work, at the run: one that waits holds no lock."""
+    job_id = Status.read(run.status).job_id if run.status.exists() else None
+    if job_id is None:
+        return
+    try:
+        job = queue.ask([job_id]).get(job_id)
+    except QueueError as error:
+        print(f"warning: whether job {job_id} is still there could not be asked ({error})", file=sys.stderr)
+        return
+    if job is not None and job.is_alive:
+        raise RunError(
+            f"The run {run.path} is SLURM's {job}: it goes on by itself. To end it: launch cancel {run.id} "
+            "(--save to save first)."
+        )
 
 
 def _take(run: RunDirectory) -> RunLock:
@@ -129,7 +159,7 @@ def _take(run: RunDirectory) -> RunLock:
     return lock
 
 
-def _has_finished(run: RunDirectory, config: RunConfig) -> bool:
+def has_finished(run: RunDirectory, config: RunConfig) -> bool:
     """Whether the run's end has been reached, and no later one is asked for."""
     if not run.result.exists() or Status.read(run.status).state is not State.finished:
         return False

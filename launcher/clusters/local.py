@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.clusters.agent import StopForwarder, WorkersDiedError, run_workers
 from launcher.clusters.attempts import begin_attempt, end_run, mark_stopping, record_restart, reported_steps
+from launcher.clusters.deaths import silent_death, unknown_death
 from launcher.clusters.entering import Entry, enter
 from launcher.clusters.folders import shown
 from launcher.clusters.progress import Restarts, newest_step, where
 from launcher.config.rules import world_size
 from launcher.config.schema import RunConfig
-from launcher.errors import EXIT_FINISHED, EXIT_RESUMABLE
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_RESUMABLE
 from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State
+from launcher.rundir.cancellation import Cancellation, is_cancelled_at_once
 from launcher.rundir.failures import Failure, first_failure
 
 __all__ = ["launch"]
 
-_TAIL_LINES = 20
 _STOPPING = b"stopping after the current step; a second Ctrl-C ends the run at once, unsaved\n"
 _ERASE_LINE = b"\r\x1b[K"
 """The live line of rank 0 is drawn again below."""
@@ -50,6 +49,7 @@ def launch(
         return EXIT_FINISHED, entry.run
     _introduce(entry, config)
     forwarder.on_request = lambda: _acknowledge(entry.run)
+    forwarder.ends_at_once = lambda: is_cancelled_at_once(entry.run)
     try:
         return _attempts(config, entry, forwarder), entry.run
     finally:
@@ -81,7 +81,8 @@ def _attempts(config: RunConfig, entry: Entry, forwarder: StopForwarder) -> int:
         reason = f"rank {end.failure.rank}: {end.failure.message}"
         has_stepped = len(reported_steps(run, attempt)) > 0
         refusal = restarts.refusal(end.failure, has_stepped, forwarder.requested is not None)
-        end_run(run, attempt, end.started, State.failed, f"{reason} ({refusal})" if refusal else reason)
+        explained = f"{reason} ({refusal})" if refusal else reason
+        end_run(run, attempt, end.started, State.failed, explained, goes_on=refusal is None)
         if refusal is not None:
             if refusal:
                 say(refusal)
@@ -112,17 +113,20 @@ def _attempt(config: RunConfig, run: RunDirectory, attempt: int, forwarder: Stop
     try:
         outcomes = run_workers(run.path, attempt, world_size(config), run.agent_log(attempt, node_rank=0), forwarder)
     except WorkersDiedError as died:
-        silent = [_silent_death(run, attempt, rank, code) for rank, code in died.deaths.items()]
+        silent = [silent_death(run, attempt, rank, code) for rank, code in died.deaths.items()]
         failure = first_failure(run, attempt, silent)
+        cancellation = Cancellation.read(run)
+        if cancellation is not None and not cancellation.save:
+            return _End(started, State.failed, EXIT_FAILED, str(cancellation))
         if forwarder.requested and (failure is None or failure.killed):
             reason = f"stopped at once ({forwarder.requested}): the workers were killed before they could save"
             return _End(started, State.resumable, EXIT_RESUMABLE, reason)
-        failure = failure or _unknown_death(run, attempt)
+        failure = failure or unknown_death(run, attempt)
         return _End(started, State.failed, failure.exit_code, failure=failure)
     outcome = outcomes[0]
     if outcome.finished:
         return _End(started, State.finished, EXIT_FINISHED)
-    asked = forwarder.requested or "a signal to a worker"
+    asked = Cancellation.read(run) or forwarder.requested or "a signal to a worker"
     reason = f"stopped on request ({asked}) after step {outcome.step}"
     return _End(started, State.resumable, EXIT_RESUMABLE, reason)
 
@@ -138,31 +142,3 @@ def _introduce(entry: Entry, config: RunConfig) -> None:
 
 def _say_how_to_go_on(run: RunDirectory, step: int | None) -> None:
     say(f"to go on, {where(step)}: launch resume {shlex.quote(shown(run.path))}")
-
-
-def _silent_death(run: RunDirectory, attempt: int, rank: int, exit_code: int) -> Failure:
-    """A worker that could not say why: killed, or crashed below Python."""
-    log = run.rank_log(attempt, rank)
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:] if log.exists() else []
-    message = f"The worker ended with exit code {exit_code} and no Python exception."
-    if exit_code < 0:
-        message = f"The worker was killed by {signal.Signals(-exit_code).name}."
-    if exit_code == -signal.SIGKILL:
-        message += " If nobody did so on purpose, the machine may have run out of memory."
-    return Failure(
-        rank=rank,
-        host=socket.gethostname(),
-        log=str(log),
-        message=message,
-        traceback="\n".join([*tail, message]),
-        step=max(reported_steps(run, attempt), default=None),
-        killed=exit_code == -signal.SIGKILL,
-        consequence=exit_code == -signal.SIGTERM,  # the agent ends the others so; a worker that is up stops politely
-    )
-
-
-def _unknown_death(run: RunDirectory, attempt: int) -> Failure:
-    """A worker that was gone before anybody had seen it."""
-    log = run.agent_log(attempt, node_rank=0)
-    message = "A worker ended before it could say anything; the agent's log tells which."
-    return Failure(rank=0, host=socket.gethostname(), log=str(log), message=message)

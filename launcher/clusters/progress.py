@@ -7,8 +7,9 @@ from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED
 from launcher.rundir import RunDirectory
 from launcher.rundir.failures import Failure
+from launcher.rundir.records import read_json_lines
 
-__all__ = ["Restarts", "newest_step", "where"]
+__all__ = ["Restarts", "lost_in_a_row", "newest_step", "where"]
 
 
 class Restarts:
@@ -19,14 +20,15 @@ class Restarts:
     Args:
         run: the run's directory.
         config: the run's.
+        already: attempts in a row that earlier turns of the same job have lost without progress.
     """
 
-    def __init__(self, run: RunDirectory, config: RunConfig) -> None:
+    def __init__(self, run: RunDirectory, config: RunConfig, already: int = 0) -> None:
         self._run = run
         self._config = config
         self._allowed = config.cluster.max_restarts
-        self._since_progress = 0
-        self._is_first = True
+        self._since_progress = already
+        self._is_first = already == 0
         self.newest_step = newest_step(run, config)
         """Of the newest checkpoint at the last failure, or when the launch began; None without one."""
 
@@ -60,6 +62,17 @@ class Restarts:
 def newest_step(run: RunDirectory, config: RunConfig) -> int | None:
     """Of the newest checkpoint that the next attempt would look at; None if it begins anew."""
     return CheckpointStore(run.checkpoints).newest_step() if config.checkpoint.enabled else None
+
+
+def lost_in_a_row(run: RunDirectory) -> int:
+    """The attempts, up to the last, after which there was no newer checkpoint than before them."""
+    ends = [line.get("checkpoint") for line in read_json_lines(run.attempts)]
+    count = 0
+    for before, after in zip([None, *ends][::-1][1:], ends[::-1], strict=True):
+        if (after or -1) > (before or -1):
+            break
+        count += 1
+    return count
 
 
 def where(step: int | None) -> str:

@@ -21,7 +21,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
@@ -45,6 +45,7 @@ def compose(
     prepare: Callable[[RunConfig], list[str]],
     command: Callable[[RunConfig, list[str]], float | None],
     beginning: RunConfig | None = None,
+    together: Together | None = None,
 ) -> None:
     """Let Hydra act on ``argv``: show something and exit, or run ``command`` on each composed run.
 
@@ -55,12 +56,14 @@ def compose(
         command: does the work, given the warnings; its result is what a sweeper optimises.
         beginning: what the command line changes, in place of the shipped defaults: a run's configuration. A group
             that is chosen anew (``parallel=fsdp``) replaces the run's own as a whole.
+        together: does what ``command`` does for all runs of a sweep at once; None: it does not want them (all of them
+            are then done one after the other).
 
     Raises:
         ConfigurationError: the configuration does not compose, or is wrong.
         SystemExit: Hydra has answered (--help, --cfg, completion).
     """
-    task = _Task(prepare, command)
+    task = _Task(prepare, command, together)
     ConfigStore.instance().store(name="tminus_schema", node=RunConfig)
     _register_plugins(_project_folders(argv))
     primary = "launch"
@@ -78,6 +81,10 @@ def compose(
         raise task.failure
 
 
+Together = Callable[[Sequence[tuple[RunConfig, list[str]]]], "Sequence[float | None] | None"]
+"""All of a sweep's configurations with their warnings, to each one's result; None: these are for ``command``."""
+
+
 class _Task:
     """What Hydra calls for each run. It keeps an exception to itself: Hydra would print it its own way."""
 
@@ -85,7 +92,9 @@ class _Task:
         self,
         prepare: Callable[[RunConfig], list[str]],
         command: Callable[[RunConfig, list[str]], float | None],
+        together: Together | None = None,
     ) -> None:
+        self.together = together
         self._prepare = prepare
         self._command = command
         self.failure: Exception | None = None
@@ -114,13 +123,21 @@ class SweepLauncher(BasicLauncher):
         assert isinstance(self.task_function, _Task)
         assert self.hydra_context is not None
         assert self.config is not None
+        prepared = []
         for overrides in job_overrides:
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
             try:
-                self.task_function.prepared(composed)
+                prepared.append(self.task_function.prepared(composed))
             except RequestError as error:
                 chosen = " ".join(item for item in overrides if not item.startswith("hydra."))
                 raise type(error)(f"In the sweep's run {chosen}:\n{error}") from error
+        together = self.task_function.together
+        values = together(prepared) if together is not None else None
+        if values is not None:
+            return [
+                JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED, _return_value=value)
+                for overrides, value in zip(job_overrides, values, strict=True)
+            ]
         results: Sequence[JobReturn] = super().launch(job_overrides, initial_job_idx)
         return results
 

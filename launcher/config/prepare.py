@@ -27,7 +27,11 @@ def prepare(config: RunConfig, machine: Machine | None = None) -> list[str]:
     Raises:
         ConfigurationError, JobError: the run cannot work as configured.
     """
-    num_gpus = _num_gpus() if config.device is not Device.cpu else 0
+    num_gpus = 0
+    if config.cluster.kind == "slurm":
+        num_gpus = max(0, config.cluster.gpus_per_node or 0)  # of the job's machines; this one may have none
+    elif config.device is not Device.cpu:
+        num_gpus = _num_gpus()
     if config.device is Device.auto:
         config.device = Device.cuda if num_gpus else Device.cpu
     if machine is not None:

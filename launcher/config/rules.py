@@ -23,6 +23,7 @@ from launcher.config.schema import (
     RunConfig,
     Strategy,
 )
+from launcher.config.slurm_rules import slurm_problems, slurm_warnings
 from launcher.errors import ConfigurationError
 
 __all__ = ["accumulation_steps", "check", "compression_problems", "shard_ranks", "world_size"]
@@ -68,6 +69,7 @@ def check(config: RunConfig, num_gpus: int) -> list[str]:
         *_optimizer(config),
         *_schedule(config),
         *_checkpoint(config),
+        *(slurm_problems(config) if config.cluster.kind == "slurm" else ()),
     ]
     if problems:
         raise ConfigurationError("\n".join(problems))
@@ -152,12 +154,17 @@ def _placement(config: RunConfig, num_gpus: int) -> Iterator[str]:
     cluster = config.cluster
     if cluster.kind == "local" and cluster.nodes > 1:
         yield f"cluster.nodes={cluster.nodes}, but cluster=local is this one machine: use cluster.nodes=1."
+    if cluster.kind not in ("local", "slurm", "torchrun"):
+        yield f"cluster.kind={cluster.kind!r} does not exist: choose cluster=local or cluster=slurm."
     if config.device is Device.cuda:
+        if cluster.kind == "slurm" and num_gpus == 0:
+            return  # said better by slurm_problems
         if num_gpus == 0:
             yield "device=cuda, but torch sees no CUDA GPU here: use device=cpu, or device=auto."
         elif (cluster.processes_per_node or 0) > num_gpus:
+            there = "of each node" if cluster.kind == "slurm" else "here"
             yield (
-                f"cluster.processes_per_node={cluster.processes_per_node} is more than the {num_gpus} GPU(s) here: "
+                f"cluster.processes_per_node={cluster.processes_per_node} is more than the {num_gpus} GPU(s) {there}: "
                 f"use at most {num_gpus}, or device=cpu."
             )
 
@@ -254,6 +261,8 @@ def _checkpoint(config: RunConfig) -> Iterator[str]:
 
 def _warnings(config: RunConfig) -> Iterator[str]:
     precision, train, schedule = config.precision, config.train, config.schedule
+    if config.cluster.kind == "slurm":
+        yield from slurm_warnings(config)
     if precision.dtype is Dtype.float16 and not precision.loss_scale.enabled:
         yield (
             "precision.dtype=float16 with precision.loss_scale.enabled=false: gradients below 6e-8 become zero and "

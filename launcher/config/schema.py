@@ -291,14 +291,59 @@ class ClusterConfig:
     """Where the processes come from."""
 
     kind: str = "local"
-    """local: this machine."""
+    """local: this machine. slurm: a job of SLURM. torchrun: processes that it has started; set by T-minus alone."""
     nodes: int = 1
     """Machines."""
     processes_per_node: int | None = None
     """Workers per machine; null: one per GPU, or 2 where there is none."""
     max_restarts: int = 0
     """Restarts after a worker has failed, counted anew from each newly published checkpoint; 0: none. A launch's
-    failure before its first step is not retried."""
+    failure before its first step is not retried. On SLURM, attempts that are lost with their node count too."""
+    partition: str | None = None
+    """slurm, as all that follow. null: the cluster's default."""
+    account: str | None = None
+    """Who pays; null: your default."""
+    qos: str | None = None
+    """Quality of service; null: your default."""
+    time_limit_min: int = 60
+    """Minutes after which SLURM ends the job. It stops and saves before that, and goes on in another turn."""
+    gpus_per_node: int | None = None
+    """GPUs of each machine; null: none."""
+    cpus_per_task: int | None = None
+    """CPUs of each machine, shared by its workers (there is one task per node); null: the cluster's default."""
+    memory_gib: float | None = None
+    """Memory of each machine; null: the cluster's default; 0: all that it has."""
+    requeue: bool = True
+    """Whether a job that was stopped with time left to train goes back into the queue and on by itself."""
+    signal_lead_seconds: int = 120
+    """Before the time limit, at least, all workers are asked to stop and save; longer where a step and a save have been
+    seen to take longer."""
+    max_parallel_jobs: int | None = None
+    """A sweep's runs that are trained at once; null: as many as fit."""
+    rendezvous_timeout_seconds: int = 300
+    """How long the machines wait for each other at the start."""
+    interface: str | None = None
+    """The network interface that they talk over, such as ib0; null: the one whose route leads to the others."""
+    container_image: str | None = None
+    """An image for pyxis (srun --container-image)."""
+    container_mounts: list[str] = field(default_factory=list)
+    """Folders to see in the container beside the project's, the run's and the snapshot's: FROM:TO."""
+    python: str | None = None
+    """The Python to run, in the container if there is one; null: the one that submits."""
+    modules: list[str] = field(default_factory=list)
+    """Environment modules to load in the job, in this order."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Variables to set in the job; null as a value: as it is where the job is submitted."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell to run on the job's first node before the workers start."""
+    snapshot: bool = True
+    """Copy the project's code into the run as it is when it is submitted, and run that; false: what is there then."""
+    snapshot_limit_mib: float = 200.0
+    """A project that is larger is refused: data, or results, are not meant to be copied. .gitignore leaves them out."""
+    wait: bool = False
+    """Follow the job until the run has ended, with its exit code, instead of returning at once."""
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    """Any other option of sbatch, passed on as it is: {constraint: a100, exclusive: true}."""
 
 
 @dataclass(kw_only=True)

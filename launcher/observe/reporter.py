@@ -96,7 +96,13 @@ class RunReporter(Reporter):
     """The first rank's: metrics.jsonl, the console, status.json."""
 
     def __init__(
-        self, run: RunDirectory, facts: RunFacts, console: Console, status: Status, stopping: Callable[[], bool]
+        self,
+        run: RunDirectory,
+        facts: RunFacts,
+        console: Console,
+        status: Status,
+        stopping: Callable[[], bool],
+        is_current: Callable[[], bool],
     ) -> None:
         self._run = run
         self._facts = facts
@@ -104,6 +110,7 @@ class RunReporter(Reporter):
         self._status = status
         self._status_written = 0.0
         self._stopping = stopping
+        self._is_current = is_current
         self._file = open_to_append(run.metrics)
 
     def step(self, numbers: Numbers, timing: StepTiming) -> None:
@@ -134,7 +141,8 @@ class RunReporter(Reporter):
         if numbers.stop or time.monotonic() - self._status_written > _STATUS_SECONDS:
             self._status_written = time.monotonic()
             state = State.stopping if stopping else State.running
-            self._status.now(state, step=numbers.step).write(self._run.status)
+            if self._is_current():
+                self._status.now(state, step=numbers.step).write(self._run.status)
 
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         """A line of its own."""
@@ -177,6 +185,7 @@ def build_reporter(
     terminal: Terminal | None,
     status: Status,
     stopping: Callable[[], bool] = lambda: False,
+    is_current: Callable[[], bool] = lambda: True,
 ) -> Reporter:
     """The report of the rank that has the terminal; a rank without one is silent.
 
@@ -186,9 +195,10 @@ def build_reporter(
         terminal: of the first rank.
         status: to be kept up to date.
         stopping: whether this rank has been asked to stop.
+        is_current: False once a later attempt has begun: the status is that one's.
     """
     if terminal is None:
         return Reporter()
     config = facts.config
     console = Console(terminal, config.tracking.console.value, config.name, facts.total_steps, config.train.log_every)
-    return RunReporter(run, facts, console, status, stopping)
+    return RunReporter(run, facts, console, status, stopping, is_current)

@@ -102,6 +102,21 @@ class RunDirectory:
         """Shared by the workers."""
         return self.path / "workers.lock"
 
+    @property
+    def fence(self) -> Path:
+        """Which attempt is the current one, see ``fence``."""
+        return self.path / "attempt.json"
+
+    @property
+    def cancellation(self) -> Path:
+        """That, by whom and how the run is to be cancelled, see ``cancellation``; absent if nobody has asked."""
+        return self.path / "cancel.json"
+
+    @property
+    def submission(self) -> Path:
+        """What was sent to SLURM: a folder for each time."""
+        return self.path / "submission"
+
     def begun_attempts(self) -> list[int]:
         """The numbers of the attempts that have left logs."""
         found = (re.fullmatch(r"attempt-(\d+)", path.name) for path in (self.path / "logs").glob("attempt-*"))
@@ -148,6 +163,12 @@ class RunDirectory:
     def rank_failure(self, attempt: int, rank: int) -> Path:
         """Why a rank failed, see ``failures.Failure``; absent if it did not."""
         return self.attempt_logs(attempt) / f"rank-{rank}.failure.json"
+
+    def rank_logs(self, attempt: int) -> dict[int, Path]:
+        """The logs of the ranks that have begun to write, by rank."""
+        logs = self.attempt_logs(attempt).glob("rank-*.log")
+        found = ((re.fullmatch(r"rank-(\d+)\.log", path.name), path) for path in logs)
+        return dict(sorted((int(match[1]), path) for match, path in found if match))
 
     def agent_log(self, attempt: int, node_rank: int) -> Path:
         """What torch's elastic agent on one node had to say."""

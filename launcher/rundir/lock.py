@@ -19,9 +19,11 @@ from typing import Any
 from launcher.errors import RunError
 from launcher.rundir.layout import RunDirectory
 
-__all__ = ["Holder", "RunLock", "hold_as_worker"]
+__all__ = ["Holder", "RunLock", "hold_as_worker", "is_launched"]
 
 _WORKERS_PATIENCE_SECONDS = 20.0
+_LOOK_SECONDS = 0.3
+"""Whoever only looks whether a lock is held, holds it for a moment: no reason to refuse a launch."""
 _POLL_SECONDS = 0.05
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system says that has none."""
@@ -112,7 +114,7 @@ class RunLock:
             os.close(descriptor)
 
     def _acquire(self, descriptor: int, patience_seconds: float) -> bool:
-        deadline = time.monotonic() + patience_seconds
+        deadline = time.monotonic() + max(patience_seconds, _LOOK_SECONDS)
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,6 +128,23 @@ class RunLock:
                     raise
                 self.works = False
                 return True
+
+
+def is_launched(run: RunDirectory) -> bool:
+    """Whether a process is there that launches the run; False too where the file system has no locks."""
+    try:
+        descriptor = os.open(run.launcher_lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 _held: list[Any] = []

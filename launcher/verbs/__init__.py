@@ -14,10 +14,15 @@ from launcher.errors import RequestError
 __all__ = ["VERBS", "act", "is_word"]
 
 VERBS = {
+    "ls": "launch ls",
+    "status": "launch status RUN",
+    "logs": "launch logs RUN [-f]",
+    "cancel": "launch cancel RUN [--save]",
+    "check": "launch check +experiment=NAME [key=value …]",
     "resume": "launch resume RUN [key=value …]",
     "export": "launch export RUN out.safetensors",
 }
-"""How each is written. ``resume`` is a launch, and the command's own."""
+"""How each is written. ``resume`` and ``check`` begin as a launch does, and are the command's own."""
 
 
 def is_word(argument: str) -> bool:

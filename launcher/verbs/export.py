@@ -6,12 +6,11 @@ that are tied in the model are written once for each name: ``load_state_dict(loa
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Never
+from typing import TYPE_CHECKING
 
 from launcher.checkpoint import Checkpoint, CheckpointStore
 from launcher.clusters.safety import refuse_shared_run
@@ -19,6 +18,7 @@ from launcher.config.schema import Dtype, Verify
 from launcher.errors import EXIT_FINISHED, CheckpointError, RequestError
 from launcher.rundir import RunDirectory
 from launcher.rundir.find import find_run
+from launcher.verbs.words import VerbParser
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,13 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["act"]
 
 _TRUST = "--trust-shared-directory"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Has its errors put like all others of the command."""
-
-    def error(self, message: str) -> Never:
-        raise RequestError(f"launch export: {message}. {self.format_usage().strip()}")
 
 
 def act(words: Sequence[str]) -> int:
@@ -64,18 +57,12 @@ def act(words: Sequence[str]) -> int:
     return EXIT_FINISHED
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="launch export",
-        description="Write a run's weights to a .safetensors file that plain PyTorch loads.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", metavar="RUN", help="a path, an id, an unambiguous beginning of one, or latest")
+def _parser() -> VerbParser:
+    parser = VerbParser("export", "Write a run's weights to a .safetensors file that plain PyTorch loads.")
     parser.add_argument("file", metavar="FILE", help="where to write, such as out.safetensors")
     parser.add_argument("--dtype", choices=[dtype.value for dtype in Dtype], default=Dtype.float32.value)
     parser.add_argument("--step", type=int, help="of the checkpoint; the newest valid one if not given")
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
-    parser.add_argument("--runs-root", default="runs", metavar="FOLDER", help="the folder of all runs")
     parser.add_argument(_TRUST, action="store_true", help="load what another user could have written")
     return parser
 

@@ -44,6 +44,9 @@ class Own(Job):
             raise ValueError("boom on purpose")
         if self.fail == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.fail == "kill once" and not os.path.exists("failed"):
+            open("failed", "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.fail == "exit":
             os._exit(3)
         if self.fail == "segfault":

@@ -1,0 +1,168 @@
+"""From a configuration to what sbatch is given: the only module that imports submitit, and its private names."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from submitit.core.utils import FailedJobError
+from submitit.slurm.slurm import SlurmExecutor
+
+from launcher.config.schema import RunConfig
+from launcher.environment import outside_of_jobs
+from launcher.errors import RequestError
+
+__all__ = ["Arguments", "batch_file", "sbatch", "test_only"]
+
+Arguments = tuple[str, int, str, str]
+"""Of ``node.main``: run, attempt, submission, folder."""
+
+
+def sbatch(config: RunConfig, folder: Path, workdir: Path, tasks: Sequence[Arguments]) -> list[str]:
+    """Submit one job, or an array of several; returns the job's ids, in the order of ``tasks``.
+
+    Args:
+        config: says what is asked for.
+        folder: where submitit keeps what it sends, and the tasks' own logs.
+        workdir: where the tasks start: the code.
+        tasks: for each run, what its nodes are told.
+
+    Raises:
+        RequestError: sbatch has refused; with its own words.
+    """
+    from launcher.clusters.slurm.node import main
+
+    with _outside_of_jobs():
+        executor = _executor(config, folder, workdir)
+        try:
+            if len(tasks) == 1:
+                return [executor.submit(main, *tasks[0]).job_id]
+            with executor.batch():
+                jobs = [executor.submit(main, *task) for task in tasks]
+            return [job.job_id for job in jobs]
+        except FailedJobError as error:
+            raise RequestError(f"sbatch has refused the job: {_last_words(str(error))}") from error
+
+
+def batch_file(config: RunConfig, folder: Path, workdir: Path) -> str:
+    """The exact text that sbatch would be given."""
+    with _outside_of_jobs():
+        executor = _executor(config, folder, workdir)
+        return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def test_only(text: str) -> tuple[bool, str]:
+    """Ask SLURM when such a job would start; whether it would at all, and its own words."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(text)
+        file.flush()
+        try:
+            done = subprocess.run(
+                ["sbatch", "--test-only", file.name],
+                capture_output=True,
+                text=True,
+                check=False,
+                env=outside_of_jobs(os.environ),
+            )
+        except FileNotFoundError:
+            return False, "there is no sbatch here: try it on a login node"
+    words = (done.stderr or done.stdout).replace("sbatch: ", "").strip()
+    return done.returncode == 0, words
+
+
+def _executor(config: RunConfig, folder: Path, workdir: Path) -> SlurmExecutor:
+    cluster = config.cluster
+    try:
+        executor = SlurmExecutor(folder, python=cluster.python)
+    except RuntimeError as error:
+        raise RequestError(f"cluster=slurm: there is no srun here ({error}): submit from a login node.") from error
+    executor.update_parameters(**_parameters(config, workdir))
+    return executor
+
+
+def _parameters(config: RunConfig, workdir: Path) -> dict[str, Any]:
+    cluster = config.cluster
+    more: dict[str, Any] = {"requeue" if cluster.requeue else "no-requeue": True, "chdir": str(workdir)}
+    more |= {
+        str(name).lstrip("-").replace("_", "-"): value
+        for name, value in cluster.sbatch.items()
+        if value is not None and value is not False
+    }
+    parameters: dict[str, Any] = {
+        "job_name": config.name,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": 1,
+        "time": cluster.time_limit_min,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "gpus_per_node": cluster.gpus_per_node or None,
+        "cpus_per_task": cluster.cpus_per_task,
+        "mem": None if cluster.memory_gib is None else f"{round(cluster.memory_gib * 1024)}M",
+        "signal_delay_s": cluster.signal_lead_seconds,
+        "setup": _setup(config, os.environ),
+        "srun_args": _srun_arguments(config, workdir),
+        "additional_parameters": more,
+        "stderr_to_stdout": True,
+    }
+    if cluster.max_parallel_jobs is not None:
+        parameters["array_parallelism"] = cluster.max_parallel_jobs
+    parameters["wckey"] = None
+    return {name: value for name, value in parameters.items() if value is not None or name == "wckey"}
+
+
+def _setup(config: RunConfig, environment: Mapping[str, str]) -> list[str]:
+    """Lines of shell that come before srun."""
+    lines = []
+    for name, value in config.cluster.environment.items():
+        given = environment.get(name) if value is None else value
+        if given is None:
+            raise RequestError(
+                f"cluster.environment.{name}=null stands for its value here, but {name} is not set: set it, or "
+                "give a value."
+            )
+        text = str(given).lower() if isinstance(given, bool) else str(given)
+        lines.append(f"export {name}={shlex.quote(text)}")
+    lines += [f"module load {shlex.quote(module)}" for module in config.cluster.modules]
+    return [*lines, *config.cluster.setup]
+
+
+def _srun_arguments(config: RunConfig, workdir: Path) -> list[str]:
+    cluster = config.cluster
+    arguments = ["--kill-on-bad-exit=1"]
+    if cluster.cpus_per_task is not None:
+        arguments.append(f"--cpus-per-task={cluster.cpus_per_task}")  # srun does not inherit it from sbatch
+    if cluster.container_image is not None:
+        own = dict.fromkeys(map(str, (Path.cwd(), workdir, Path(config.runs_root).absolute())))
+        mounts = [*(f"{folder}:{folder}" for folder in own), *cluster.container_mounts]
+        arguments += [
+            f"--container-image={cluster.container_image}",
+            f"--container-mounts={','.join(mounts)}",
+            f"--container-workdir={workdir}",
+        ]
+    return arguments
+
+
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Submit as if from no job: what an outer one has set would bind the new one to it."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(outside_of_jobs(before))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _last_words(text: str) -> str:
+    """What sbatch has said, out of what submitit wraps around it."""
+    said = [line.partition("sbatch: ")[2] for line in text.splitlines() if "sbatch: " in line]
+    return " ".join(line.removeprefix("error: ") for line in said) or text.strip()

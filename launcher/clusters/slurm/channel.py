@@ -1,0 +1,221 @@
+"""How the nodes of a job find each other, and what they tell each other: a store that the first of them opens.
+
+The first node binds a free port and leaves its address in the run's directory; the others wait for that. Then all say
+that they are there; the first says which attempt begins, and how the job ends.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from launcher.clusters.slurm import network, queue
+from launcher.clusters.slurm.queue import QueueError
+from launcher.environment import JobPlace
+from launcher.errors import RunError
+from launcher.rundir.records import read_json, write_json
+
+__all__ = ["Channel", "Directive", "MissingNodesError", "join", "open_channel"]
+
+_POLL_SECONDS = 0.1
+_ANSWER = timedelta(seconds=20)
+"""Of the store, to anything but waiting."""
+
+
+class MissingNodesError(Exception):
+    """Nodes of the job have not arrived in time; says which, and why as far as that is known."""
+
+
+@dataclass(frozen=True)
+class Directive:
+    """What all nodes are to do next."""
+
+    attempt: int | None = None
+    """Work at this attempt."""
+    exit_code: int = 0
+    """Or end with this."""
+
+
+class Channel:
+    """One node's end."""
+
+    def __init__(self, store: Any, address: str, port: int, place: JobPlace, timeout_seconds: float) -> None:
+        self._store = store
+        self.address = address
+        self.port = port
+        self.place = place
+        self._timeout_seconds = timeout_seconds
+        self._turn = 0
+
+    def arrive(self) -> None:
+        """Say that this node is there."""
+        self._store.set(f"arrived/{self.place.node}", socket.gethostname())
+
+    def wait_for_all(self, complaints: Path, stop: Callable[[], bool]) -> None:
+        """On the first node: until all have arrived.
+
+        Args:
+            complaints: the folder in which a node that cannot come says why.
+            stop: whether not to wait any longer.
+
+        Raises:
+            MissingNodesError: some have not.
+        """
+        deadline = time.monotonic() + self._timeout_seconds
+        missing = list(range(self.place.num_nodes))
+        while missing and not stop():
+            missing = [node for node in missing if not self._store.check([f"arrived/{node}"])]
+            complained = [node for node in missing if _complaint(complaints, self.place, node).exists()]
+            if missing and (complained or time.monotonic() > deadline):
+                raise MissingNodesError(self._explain(complained or missing, complaints))
+            time.sleep(_POLL_SECONDS)
+
+    def _explain(self, missing: Sequence[int], complaints: Path) -> str:
+        names = _node_names(self.place)
+        reasons = []
+        for node in missing:
+            complaint = _complaint(complaints, self.place, node)
+            why = complaint.read_text(encoding="utf-8").strip() if complaint.exists() else _why(names[node])
+            reasons.append(f"{names[node]} ({node + 1} of {self.place.num_nodes}): {why}")
+        return "node(s) that did not join the run: " + "; ".join(reasons)
+
+    def direct(self, directive: Directive) -> None:
+        """On the first node: say what comes next."""
+        content = {"attempt": directive.attempt, "exit_code": directive.exit_code}
+        self._store.set(f"directive/{self._turn}", json.dumps(content))
+        self._turn += 1
+
+    def next_directive(self, timeout_seconds: float) -> Directive:
+        """On the others: wait for what the first node says. Raises an error of the store's if it says nothing."""
+        key = f"directive/{self._turn}"
+        self._store.wait([key], timedelta(seconds=timeout_seconds))
+        self._turn += 1
+        return Directive(**json.loads(self._store.get(key)))
+
+    def say_failed(self, attempt: int) -> None:
+        """An attempt has failed here: all others are to end theirs."""
+        self._store.set(f"failed/{attempt}", socket.gethostname())
+
+    def has_failed(self, attempt: int) -> bool:
+        """Whether any node has said so. Raises an error of the store's if the first node is gone."""
+        return bool(self._store.check([f"failed/{attempt}"]))
+
+    def say_ended(self, attempt: int | str) -> None:
+        """All that this node had to write about an attempt is written."""
+        self._store.set(f"ended/{attempt}/{self.place.node}", "")
+
+    def wait_until_ended(self, attempt: int | str, timeout_seconds: float) -> None:
+        """On the first node: until the others have said so, or are not expected to any more."""
+        deadline = time.monotonic() + timeout_seconds
+        others = [f"ended/{attempt}/{node}" for node in range(1, self.place.num_nodes)]
+        while others and not self._store.check(others) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+
+    def another(self) -> Channel:
+        """A connection of its own, for another thread."""
+        store = _connect(self.address, self.port, _ANSWER)
+        return Channel(store, self.address, self.port, self.place, self._timeout_seconds)
+
+
+def open_channel(place: JobPlace, interface: str | None, timeout_seconds: float, folder: Path) -> Channel:
+    """On the first node: bind a free port, and leave its address in ``folder``.
+
+    Raises:
+        RunError: there is no such interface, or no way to another node.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # made in C++
+
+    address = _own_address(place, interface)
+    store = TCPStore(address, 0, None, True, timeout=_ANSWER, wait_for_workers=False, multi_tenant=True)
+    write_json(_address_file(folder, place), {"address": address, "port": store.port, "host": socket.gethostname()})
+    return Channel(store, address, store.port, place, timeout_seconds)
+
+
+def join(place: JobPlace, timeout_seconds: float, folder: Path) -> Channel:
+    """On the others: wait for the first node's address, and connect.
+
+    Raises:
+        RunError: the first node has not come, or cannot be reached; says so to it, too.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    file, names = _address_file(folder, place), _node_names(place)
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise RunError(f"{names[0]}, the first node, did not join the run: {_why(names[0])}")
+        time.sleep(_POLL_SECONDS)
+    found = read_json(file)
+    address, port = str(found["address"]), int(found["port"])
+    try:
+        store = _connect(address, port, timedelta(seconds=max(1.0, deadline - time.monotonic())))
+    except Exception as error:  # torch's DistNetworkError and DistStoreError
+        reason = f"it cannot reach {names[0]} at {address} port {port} ({_first_line(error)}); see cluster.interface"
+        _complaint(folder, place, place.node).write_text(reason, encoding="utf-8")
+        raise RunError(f"{names[place.node]}: {reason}") from error
+    return Channel(store, address, port, place, timeout_seconds)
+
+
+def _connect(address: str, port: int, timeout: timedelta) -> Any:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # made in C++
+
+    return TCPStore(address, port, None, False, timeout=timeout, wait_for_workers=False)
+
+
+def _own_address(place: JobPlace, interface: str | None) -> str:
+    if interface is not None:
+        return network.address_of(interface)
+    if place.num_nodes == 1:
+        return "127.0.0.1"
+    other = _node_names(place)[1]
+    try:
+        return network.address_towards(_slurm_address(other))
+    except OSError as error:
+        raise RunError(
+            f"{socket.gethostname()} knows no way to {other} ({error}): name the network interface that the nodes "
+            "share with cluster.interface."
+        ) from error
+
+
+def _slurm_address(node: str) -> str:
+    """What SLURM itself connects to."""
+    try:
+        words = queue.run(["scontrol", "--oneliner", "show", "node", node]).split()
+    except QueueError:
+        return node
+    return next((word.removeprefix("NodeAddr=") for word in words if word.startswith("NodeAddr=")), node)
+
+
+def _node_names(place: JobPlace) -> list[str]:
+    try:
+        names = queue.hostnames(place.node_list)
+    except QueueError:
+        names = []
+    return names if len(names) == place.num_nodes else [f"node {number}" for number in range(place.num_nodes)]
+
+
+def _why(node: str) -> str:
+    """What SLURM says of a node from which nothing was heard."""
+    try:
+        state = queue.run(["sinfo", "--noheader", "--Node", f"--nodes={node}", "--format=%T|%E"]).split("\n")[0]
+    except QueueError as error:
+        return f"nothing was heard of it, and SLURM cannot be asked ({error})"
+    word, _, reason = state.partition("|")
+    said = f"{word}, {reason.strip()}" if reason.strip() not in ("", "none") else word
+    return f"nothing was heard of it (SLURM: {said}); its task's own log is in the run's submission folder"
+
+
+def _address_file(folder: Path, place: JobPlace) -> Path:
+    return folder / f"first-node-{place.job_id}-{place.turn}.json"
+
+
+def _complaint(folder: Path, place: JobPlace, node: int) -> Path:
+    return folder / f"node-{node}-{place.job_id}-{place.turn}.problem"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

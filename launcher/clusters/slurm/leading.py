@@ -1,0 +1,237 @@
+"""The first node's part in a job: it enters the run, says which attempt begins, and decides how the job ends."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.clusters.agent import StopForwarder
+from launcher.clusters.attempts import (
+    begin_attempt,
+    end_run,
+    mark_stopping,
+    record_lost_attempts,
+    record_restart,
+    reported_steps,
+)
+from launcher.clusters.deaths import unknown_death
+from launcher.clusters.entering import has_finished
+from launcher.clusters.progress import Restarts, lost_in_a_row, where
+from launcher.clusters.slurm import queue
+from launcher.clusters.slurm.channel import Channel, Directive, MissingNodesError, open_channel
+from launcher.clusters.slurm.node import use_network, work
+from launcher.clusters.slurm.queue import NoQueueError, QueueError
+from launcher.clusters.slurm.watch import Deadline
+from launcher.config.files import load_config
+from launcher.config.schema import RunConfig
+from launcher.environment import JobPlace
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_RESUMABLE, RunError
+from launcher.observe.terminal import say
+from launcher.rundir import RunDirectory, State, Status
+from launcher.rundir.cancellation import Cancellation, is_cancelled_at_once
+from launcher.rundir.failures import Failure, first_failure
+from launcher.rundir.fence import Fence, current_attempt
+from launcher.rundir.lock import RunLock
+from launcher.rundir.records import drop_cut_line
+
+if TYPE_CHECKING:
+    from launcher.training.loop import Outcome
+
+__all__ = ["lead"]
+
+_LOCK_PATIENCE_SECONDS = 30.0
+_REPORTS_SECONDS = 30.0
+"""How long the other nodes may take to end their workers and write down why."""
+_FAREWELL_SECONDS = 10.0
+
+
+def lead(run: RunDirectory, config: RunConfig, place: JobPlace, submission: Path, forwarder: StopForwarder) -> int:
+    """Bring the run as far as this turn of the job can; returns the exit code.
+
+    Args:
+        run: the run's directory.
+        config: as it was submitted.
+        place: of this process.
+        submission: the folder of what was sent.
+        forwarder: of requests to stop; listening.
+    """
+    timeout = float(config.cluster.rendezvous_timeout_seconds)
+    try:
+        channel = open_channel(place, config.cluster.interface, timeout, submission)
+    except RunError as error:
+        _end_without_attempt(run, str(error))
+        return EXIT_FAILED
+    use_network(config.cluster.interface, channel.address)
+    channel.arrive()
+    try:
+        code = _Turn(run, place, channel, submission, forwarder).run()
+    except Exception as error:  # a mistake of ours: the job ends, and the run is not left as if it went on
+        traceback.print_exc()
+        code = _end_without_attempt(run, f"the first node failed: {type(error).__name__}: {error}")
+    channel.direct(Directive(exit_code=code))
+    channel.wait_until_ended("all", _FAREWELL_SECONDS)
+    return code
+
+
+@dataclass
+class _Turn:
+    """One time that SLURM has started the job."""
+
+    _run: RunDirectory
+    _place: JobPlace
+    _channel: Channel
+    _submission: Path
+    _forwarder: StopForwarder
+    _lock: RunLock | None = None
+
+    def run(self) -> int:
+        run, forwarder = self._run, self._forwarder
+        config = load_config(run.configs()[-1])
+        if has_finished(run, config):
+            say(f"the run {run.path} has finished")
+            return EXIT_FINISHED
+        if is_cancelled_at_once(run):
+            return _end_without_attempt(run, str(Cancellation.read(run)))
+        attempt = self._take_over()
+        config = load_config(run.config_of(attempt))
+        lost = lost_in_a_row(run) if self._place.turn > 0 else 0
+        if lost > config.cluster.max_restarts:
+            return _end_without_attempt(
+                run,
+                f"given up: the last {lost} attempt(s) have published no newer checkpoint, and "
+                f"cluster.max_restarts={config.cluster.max_restarts}",
+            )
+        started = time.time()
+        try:
+            self._channel.wait_for_all(self._submission, lambda: forwarder.requested is not None)
+        except MissingNodesError as error:
+            end_run(run, attempt, started, State.failed, str(error))
+            say(f"launch: {error}", error=True)
+            return EXIT_FAILED
+        if forwarder.requested is not None:  # before anybody could train
+            return self._leave(config, attempt, started, f"stopped on request ({forwarder.requested}) before it began")
+        forwarder.on_request = lambda: mark_stopping(run)
+        Deadline(self._place.job_id, config.cluster.signal_lead_seconds, run, forwarder.request)
+        return self._attempts(config, attempt, Restarts(run, config, already=lost))
+
+    def _take_over(self) -> int:
+        """Become the current attempt: what is left of an earlier one, on a node that SLURM has given up, ends."""
+        run = self._run
+        drop_cut_line(run.metrics)
+        drop_cut_line(run.attempts)
+        status = Status.read(run.status)
+        before = status.attempt - 1 if status.state is State.submitted else status.attempt
+        attempt = max(before, current_attempt(run), *run.begun_attempts(), -1) + 1
+        Fence(run, attempt).put_up()
+        previous = None
+        try:
+            self._lock = RunLock.take(run, _LOCK_PATIENCE_SECONDS)
+            previous = self._lock.previous
+            self._lock.sign(attempt)
+        except RunError as error:  # the file server has not noticed yet that a lost node is gone; the fence holds
+            say(f"warning: going on without the run's lock: {error}", error=True)
+        record_lost_attempts(run, previous, before=attempt)
+        job = Status.read(run.status).now(State.running, attempt=attempt, job_id=self._place.job_id, reason=None)
+        job.write(run.status)
+        return attempt
+
+    def _attempts(self, config: RunConfig, attempt: int, restarts: Restarts) -> int:
+        """Attempts until one ends well, on request, or so that another would not help here."""
+        run, channel = self._run, self._channel
+        while True:
+            begin_attempt(run, attempt, stopping=self._forwarder.requested is not None)
+            started = time.time()
+            say(f"attempt {attempt} of {run.path}, {where(restarts.newest_step)}")
+            channel.direct(Directive(attempt))
+            result = work(run, config, attempt, channel, self._forwarder)
+            if isinstance(result, dict):
+                return self._end(config, attempt, started, result[0])
+            channel.wait_until_ended(attempt, _REPORTS_SECONDS)
+            if not Fence(run, attempt).holds():
+                return EXIT_RESUMABLE
+            if is_cancelled_at_once(run):
+                end_run(run, attempt, started, State.failed, str(Cancellation.read(run)))
+                return EXIT_FAILED
+            if not self._job_goes_on():
+                say("SLURM has ended this turn of the job: not restarting here", error=True)
+                return EXIT_RESUMABLE
+            failure = first_failure(run, attempt, result) or unknown_death(run, attempt)
+            refusal = self._refusal(attempt, started, failure, restarts)
+            if refusal is not None:
+                return failure.exit_code
+            attempt += 1
+
+    def _refusal(self, attempt: int, started: float, failure: Failure, restarts: Restarts) -> str | None:
+        """Write down a failure; why no other attempt follows it in this allocation, or None if one does."""
+        run = self._run
+        reason = f"rank {failure.rank}: {failure.message}"
+        has_stepped = len(reported_steps(run, attempt)) > 0
+        refusal = restarts.refusal(failure, has_stepped, self._forwarder.requested is not None)
+        explained = f"{reason} ({refusal})" if refusal else reason
+        end_run(run, attempt, started, State.failed, explained, goes_on=refusal is None)
+        if refusal:
+            say(refusal)
+        say(str(failure), error=True)
+        if refusal is None:
+            record_restart(run, attempt + 1, restarts.newest_step or 0, reason)
+            say(f"restarting: attempt {attempt + 1}, {where(restarts.newest_step)} ({reason})")
+        return refusal
+
+    def _end(self, config: RunConfig, attempt: int, started: float, outcome: Outcome) -> int:
+        if outcome.finished:
+            end_run(self._run, attempt, started, State.finished, None)
+            return EXIT_FINISHED
+        asked = Cancellation.read(self._run) or self._forwarder.requested or "a signal to a worker"
+        return self._leave(config, attempt, started, f"stopped on request ({asked}) after step {outcome.step}")
+
+    def _leave(self, config: RunConfig, attempt: int, started: float, reason: str) -> int:
+        """Stopped: for good, for somebody to resume, or for SLURM to start the job again."""
+        run, request = self._run, Cancellation.read(self._run)
+        say(reason)
+        job_state = self._job().get("JobState", "RUNNING")
+        if job_state == "CANCELLED":
+            end_run(run, attempt, started, State.failed, f"cancelled (scancel); {reason}")
+            return EXIT_FAILED
+        if not config.cluster.requeue or (request is not None and not request.requeue):
+            end_run(run, attempt, started, State.resumable, reason)
+            return EXIT_RESUMABLE
+        end_run(run, attempt, started, State.resumable, reason)
+        Cancellation.clear(run)
+        status = Status.read(run.status)
+        status.now(State.submitted, attempt=attempt + 1, reason=f"{reason}; back in the queue").write(run.status)
+        try:
+            queue.requeue(self._place.job_id)
+        except QueueError as error:
+            if job_state == "RUNNING":
+                why = f"{reason}; it could not be requeued: {error}"
+                status.now(State.resumable, reason=why).write(run.status)
+                say(why, error=True)
+                return EXIT_RESUMABLE
+        return EXIT_FINISHED
+
+    def _job(self) -> dict[str, str]:
+        with suppress(QueueError):
+            return queue.show(self._place.job_id)
+        return {}
+
+    def _job_goes_on(self) -> bool:
+        """Whether SLURM still counts on this turn of the job: it may have given up a node, this one included."""
+        try:
+            job = queue.show(self._place.job_id)
+        except NoQueueError:  # as in some containers
+            return True
+        except QueueError:  # this node is cut off
+            return False
+        return job.get("JobState") == "RUNNING" and job.get("Restarts", "0") == str(self._place.turn)
+
+
+def _end_without_attempt(run: RunDirectory, reason: str) -> int:
+    """The run has failed before anything was started."""
+    Status.read(run.status).now(State.failed, reason=reason).write(run.status)
+    print(f"launch: {reason}", file=sys.stderr, flush=True)
+    return EXIT_FAILED

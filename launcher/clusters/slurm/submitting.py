@@ -1,0 +1,218 @@
+"""Sending runs to SLURM: each in its own directory, with the code as it is now; one job, or an array of several."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import shlex
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launcher.clusters.entering import Entry, enter
+from launcher.clusters.folders import shown
+from launcher.clusters.slurm import batch, queue
+from launcher.clusters.slurm.snapshot import take_snapshot
+from launcher.config.files import to_yaml
+from launcher.config.rules import world_size
+from launcher.config.schema import RunConfig
+from launcher.observe.terminal import say
+from launcher.rundir import RunDirectory, State, Status, read_json, write_json
+from launcher.rundir.find import all_runs
+
+__all__ = ["check", "submit", "submit_sweep"]
+
+_CODE = "code"
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A run that is to be submitted, entered and with its folder made."""
+
+    config: RunConfig
+    entry: Entry
+    before: Status | None
+    """Of a run that was there already."""
+    folder: Path
+
+    def arguments(self) -> batch.Arguments:
+        return (str(self.entry.run.path), self.entry.attempt, str(self.folder), str(Path.cwd()))
+
+    def undo(self) -> None:
+        """Nothing was submitted after all."""
+        run = self.entry.run
+        if self.before is None:
+            shutil.rmtree(run.path)
+        else:
+            shutil.rmtree(self.folder)
+            self.before.write(run.status)
+
+    def release(self) -> None:
+        if self.entry.lock is not None:
+            self.entry.lock.release()
+
+
+def submit(config: RunConfig, command: Sequence[str], job_may_change: bool = False) -> RunDirectory:
+    """Submit one run, new or to go on with; returns its directory at once.
+
+    Args:
+        config: prepared and checked.
+        command: the command line, for the record.
+        job_may_change: of a run that exists, whether the job's arguments may be others than before.
+
+    Raises:
+        RequestError: the run cannot be entered, the project is too large to copy, or sbatch has refused.
+    """
+    entry = enter(config, command, job_may_change, State.submitted)
+    if entry.lock is None:
+        say(f"the run {shown(entry.run.path)} has finished; train.max_steps=N makes it longer")
+        return entry.run
+    sent = _prepared(config, entry, config.run_dir)
+    try:
+        (job_id,) = _send([sent], sent.folder, command)
+    finally:
+        sent.release()
+    path = shlex.quote(shown(entry.run.path))
+    workers = f"{config.cluster.nodes} node(s) with {config.cluster.processes_per_node} worker(s) each"
+    say(f"submitted: job {job_id}, {workers} on {config.device.value}")
+    say(f"run: {shown(entry.run.path)}")
+    for change in entry.changes:
+        say(f"changed: {change.key}: {change.before} → {change.after}")
+    say(f"to look at it: launch status {path}; launch logs {path} -f")
+    say(f"to end it: launch cancel {path} (--save to save first)")
+    return entry.run
+
+
+def submit_sweep(configs: Sequence[RunConfig], command: Sequence[str]) -> list[RunDirectory]:
+    """Submit a sweep's runs as one array (for each choice of ``cluster``); those that exist are not made again.
+
+    A run that has finished, waits or is being trained stays as it is; one that has failed or stopped goes on.
+
+    Args:
+        configs: prepared and checked, in the sweep's order.
+        command: the command line, for the record.
+
+    Returns:
+        Each run's directory, in the same order.
+    """
+    known = _known_elements(configs[0])
+    alive = _alive(known.values())
+    runs: list[RunDirectory] = []
+    groups: dict[str, list[_Sent]] = {}
+    for config in configs:
+        element = _element(config)
+        run = known.get(element)
+        if run is not None and run.path in alive:
+            say(f"{shown(run.path)}: {alive[run.path]}")
+            runs.append(run)
+            continue
+        if run is not None:
+            config = replace(config, run_dir=str(run.path))  # noqa: PLW2901
+        entry = enter(config, command, state=State.submitted)
+        runs.append(entry.run)
+        if entry.lock is None:
+            say(f"{shown(entry.run.path)}: has finished")
+            continue
+        write_json(entry.run.provenance, {**read_json(entry.run.provenance), "sweep_element": element})
+        sent = _prepared(config, entry, None if run is None else str(run.path))
+        groups.setdefault(repr((config.name, config.cluster)), []).append(sent)
+    for group in groups.values():
+        folder = Path(group[0].config.runs_root).absolute() / ".sweeps" / f"slurm-{_stamp()}"
+        try:
+            ids = _send(group, folder, command)
+        finally:
+            for sent in group:
+                sent.release()
+        cap = group[0].config.cluster.max_parallel_jobs
+        say(f"submitted: array {ids[0].partition('_')[0]}, {len(ids)} run(s){f', {cap} at once' if cap else ''}")
+        for sent, job_id in zip(group, ids, strict=True):
+            say(f"  {shown(sent.entry.run.path)}: job {job_id}")
+    left = len(configs) - sum(map(len, groups.values()))
+    say(f"to look at them: launch ls, launch status RUN{f'; {left} left as they are' if left else ''}")
+    return runs
+
+
+def check(config: RunConfig) -> bool:
+    """Print what would be submitted, and ask SLURM when it would start; returns whether it would."""
+    run = Path(config.run_dir or Path(config.runs_root) / config.name / "ID").absolute()
+    folder = run / "submission" / "0"
+    text = batch.batch_file(config, folder, folder / _CODE if config.cluster.snapshot else Path.cwd())
+    say(text)
+    accepted, words = batch.test_only(text)
+    say(f"SLURM says: {words}" if accepted else f"SLURM would refuse it: {words}", error=not accepted)
+    say(f"{world_size(config)} worker(s) on {config.device.value}; nothing was submitted")
+    return accepted
+
+
+def _prepared(config: RunConfig, entry: Entry, run_dir: str | None) -> _Sent:
+    run = entry.run
+    run.submission.mkdir(exist_ok=True)
+    number = sum(path.is_dir() for path in run.submission.iterdir())
+    folder = run.submission / str(number)
+    folder.mkdir()
+    status = Status.read(run.status)
+    existed = run_dir is not None and (entry.attempt > 0 or number > 0)
+    before = status.now(State.resumable, reason="could not be submitted again") if existed else None
+    return _Sent(config, entry, before, folder)
+
+
+def _send(group: Sequence[_Sent], folder: Path, command: Sequence[str]) -> list[str]:
+    """Copy the project, submit, and write down what was sent; undo all of it if that fails."""
+    config = group[0].config
+    workdir = Path.cwd()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if config.cluster.snapshot:
+            workdir = folder / _CODE
+            take_snapshot(Path.cwd(), workdir, Path(config.runs_root), config.cluster.snapshot_limit_mib)
+        ids = batch.sbatch(config, folder, workdir, [sent.arguments() for sent in group])
+    except BaseException:
+        for sent in group:
+            sent.undo()
+        if folder.exists():
+            shutil.rmtree(folder)
+        raise
+    for sent, job_id in zip(group, ids, strict=True):
+        Status.read(sent.entry.run.status).now(State.submitted, job_id=job_id).write(sent.entry.run.status)
+        record = {"job_id": job_id, "command": shlex.join(command), "folder": str(Path.cwd()), "code": str(workdir)}
+        write_json(sent.folder / "request.json", {**record, "time": time.time()})
+        for script in folder.glob("*_submission.sh"):
+            if script.parent != sent.folder:
+                shutil.copy2(script, sent.folder)
+    return ids
+
+
+def _element(config: RunConfig) -> str:
+    """What makes a sweep's run the same one when the sweep is submitted again: its whole configuration."""
+    plain = replace(config, run_dir=None, cluster=replace(config.cluster, max_parallel_jobs=None, wait=False))
+    return hashlib.sha256(to_yaml(plain).encode()).hexdigest()
+
+
+def _known_elements(config: RunConfig) -> dict[str, RunDirectory]:
+    """The runs that a sweep has made, by what makes them the same."""
+    known = {}
+    for run in all_runs(Path(config.runs_root)):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            known[str(read_json(run.provenance)["sweep_element"])] = run
+    return known
+
+
+def _alive(runs: Iterable[RunDirectory]) -> dict[Path, str]:
+    """Those that SLURM has a job for, and what it says of it."""
+    ids = {}
+    for run in runs:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            if job_id := Status.read(run.status).job_id:
+                ids[run.path] = job_id
+    try:
+        jobs = queue.ask(ids.values())
+    except queue.QueueError:
+        return {}
+    return {path: str(jobs[job_id]) for path, job_id in ids.items() if job_id in jobs and jobs[job_id].is_alive}
+
+
+def _stamp() -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"

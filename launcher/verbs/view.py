@@ -1,0 +1,122 @@
+"""A run seen from outside: what its directory says, whether anybody is at work on it, what SLURM says."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.clusters.slurm import queue
+from launcher.clusters.slurm.queue import QueueError, SlurmJob
+from launcher.rundir import RunDirectory, State, Status
+from launcher.rundir.lock import Holder, is_launched
+
+__all__ = ["DEAD", "View", "last_line", "read_status", "views"]
+
+_TAIL_BYTES = 2**16
+_ACTIVE = (State.submitted, State.running, State.stopping)
+DEAD = "dead"
+"""A condition that no status.json names."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One run, now."""
+
+    run: RunDirectory
+    status: Status | None
+    """None if the file cannot be read: the run has hardly begun."""
+    launcher: Holder | None
+    """The launching process; None if there is none."""
+    job: SlurmJob | None
+    """None if it is no job, or SLURM does not know it, or cannot be asked."""
+    slurm_problem: str | None = None
+    """Why SLURM could not be asked."""
+
+    @property
+    def name(self) -> str:
+        """``name/id``."""
+        return f"{self.run.path.parent.name}/{self.run.id}"
+
+    @property
+    def job_id(self) -> str | None:
+        """Of SLURM."""
+        return self.status.job_id if self.status is not None else None
+
+    @property
+    def is_alive(self) -> bool | None:
+        """Whether somebody is at work on the run, or will be; None if that cannot be told."""
+        if self.launcher is not None:
+            return True
+        if self.job is not None:
+            return self.job.is_alive
+        return None if self.job_id is not None and self.slurm_problem is not None else False
+
+    @property
+    def condition(self) -> str:
+        """The state in the run's status, or ``dead``: whoever was to change it has ended without a word."""
+        if self.status is None:
+            return "starting" if self.is_alive else DEAD
+        return DEAD if self.status.state in _ACTIVE and self.is_alive is False else self.status.state.value
+
+    @property
+    def explanation(self) -> str | None:
+        """Why the run is in this condition."""
+        if self.condition != DEAD:
+            return self.status.reason if self.status is not None else None
+        if self.job_id is None:
+            return "its launching process has ended without a word: killed, or its machine went down"
+        said = f"SLURM says: {self.job}" if self.job is not None else f"SLURM knows no job {self.job_id} any more"
+        return f"its job has ended without a word: {said}"
+
+
+def views(runs: Sequence[RunDirectory]) -> list[View]:
+    """What there is to see of each run; SLURM is asked once for all."""
+    statuses = [read_status(run) for run in runs]
+    ids = [status.job_id for status in statuses if status is not None and status.job_id is not None]
+    jobs: dict[str, SlurmJob] = {}
+    problem = None
+    try:
+        jobs = queue.ask(ids)
+    except QueueError as error:
+        problem = str(error)
+    return [
+        View(
+            run,
+            status,
+            Holder.read(run) if is_launched(run) else None,
+            jobs.get(status.job_id) if status is not None and status.job_id is not None else None,
+            problem,
+        )
+        for run, status in zip(runs, statuses, strict=True)
+    ]
+
+
+def read_status(run: RunDirectory) -> Status | None:
+    """What the run's status.json says; None if it says nothing."""
+    try:
+        return Status.read(run.status)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def last_line(path: Path, kind: str) -> dict[str, Any] | None:
+    """The newest line of a kind near the end of a run's metrics; None if there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    for text in reversed(lines):
+        try:
+            line: dict[str, Any] = json.loads(text)
+        except json.JSONDecodeError:  # cut by the tail's border, or by a crash
+            continue
+        if line.get("kind") == kind:
+            return line
+    return None
