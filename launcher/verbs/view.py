@@ -66,7 +66,11 @@ class View:
     def explanation(self) -> str | None:
         """Why the run is in this condition."""
         if self.condition != DEAD:
-            return self.status.reason if self.status is not None else None
+            reason = self.status.reason if self.status is not None else None
+            cancelled = (
+                self.condition == State.resumable.value and self.job is not None and self.job.state == "CANCELLED"
+            )
+            return f"cancelled (scancel); {reason}" if cancelled else reason
         if self.job_id is None:
             return "its launching process has ended without a word: killed, or its machine went down"
         said = f"SLURM says: {self.job}" if self.job is not None else f"SLURM knows no job {self.job_id} any more"

@@ -55,14 +55,14 @@ class Submitted:
     def until_step(self, step: int, attempt: int = 0) -> None:
         until(lambda: max(self.steps(attempt), default=0) >= step, f"step {step} of {self.status}", PATIENCE_SECONDS)
 
-    def until_state(self, *states: str) -> None:
+    def until_state(self, *states: str, timeout_seconds: float = PATIENCE_SECONDS) -> None:
         def there() -> bool:
             state = self.status["state"]
             if state not in states and state in ("failed", "finished"):  # between two attempts it is so for a moment
                 assert self.cluster.state(self.job_id) in ("RUNNING", "PENDING"), self.told()
             return state in states
 
-        until(there, f"{states}: {self.status}", PATIENCE_SECONDS)
+        until(there, f"{states}: {self.status}", timeout_seconds)
 
     def told(self) -> str:
         """For a failed test."""

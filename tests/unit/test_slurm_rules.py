@@ -75,7 +75,7 @@ class TestBatchFile:
             cluster__signal_lead_seconds=200,
         )
         options = ["nodes=2", "ntasks-per-node=1", "partition=long", "account=me", "qos=high", "cpus-per-task=12"]
-        options += ["gpus-per-node=4", "mem=1536M", "time=90", "signal=USR2@200", "requeue", "job-name=run"]
+        options += ["gpus-per-node=4", "mem=1536M", "time=90", "signal=USR2@140", "requeue", "job-name=run"]
         options += ["chdir=/runs/x/submission/0/code"]
         for option in options:
             assert f"#SBATCH --{option}\n" in written, option

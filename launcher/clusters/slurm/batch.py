@@ -22,6 +22,8 @@ __all__ = ["Arguments", "batch_file", "sbatch", "test_only"]
 
 Arguments = tuple[str, int, str, str]
 """Of ``node.main``: run, attempt, submission, folder."""
+_SLURM_EARLY_SECONDS = 60
+"""sbatch(1): a signal may come that much earlier than asked for. ``watch.Deadline`` is exact; SLURM's is behind it."""
 
 
 def sbatch(config: RunConfig, folder: Path, workdir: Path, tasks: Sequence[Arguments]) -> list[str]:
@@ -105,7 +107,7 @@ def _parameters(config: RunConfig, workdir: Path) -> dict[str, Any]:
         "gpus_per_node": cluster.gpus_per_node or None,
         "cpus_per_task": cluster.cpus_per_task,
         "mem": None if cluster.memory_gib is None else f"{round(cluster.memory_gib * 1024)}M",
-        "signal_delay_s": cluster.signal_lead_seconds,
+        "signal_delay_s": max(1, cluster.signal_lead_seconds - _SLURM_EARLY_SECONDS),
         "setup": _setup(config, os.environ),
         "srun_args": _srun_arguments(config, workdir),
         "additional_parameters": more,

@@ -193,12 +193,13 @@ class _Turn:
         """Stopped: for good, for somebody to resume, or for SLURM to start the job again."""
         run, request = self._run, Cancellation.read(self._run)
         say(reason)
-        job_state = self._job().get("JobState", "RUNNING")
-        if job_state == "CANCELLED":
-            end_run(run, attempt, started, State.failed, f"cancelled (scancel); {reason}")
-            return EXIT_FAILED
         if not config.cluster.requeue or (request is not None and not request.requeue):
             end_run(run, attempt, started, State.resumable, reason)
+            return EXIT_RESUMABLE
+        if self._job().get("JobState") != "RUNNING":
+            # Cancelled, or requeued by SLURM itself: both look alike (COMPLETING) until these processes have ended, and
+            # scontrol would requeue a cancelled job too.
+            end_run(run, attempt, started, State.resumable, f"{reason}; SLURM has ended this turn of the job")
             return EXIT_RESUMABLE
         end_run(run, attempt, started, State.resumable, reason)
         Cancellation.clear(run)
@@ -207,11 +208,10 @@ class _Turn:
         try:
             queue.requeue(self._place.job_id)
         except QueueError as error:
-            if job_state == "RUNNING":
-                why = f"{reason}; it could not be requeued: {error}"
-                status.now(State.resumable, reason=why).write(run.status)
-                say(why, error=True)
-                return EXIT_RESUMABLE
+            why = f"{reason}; it could not be requeued: {error}"
+            status.now(State.resumable, reason=why).write(run.status)
+            say(why, error=True)
+            return EXIT_RESUMABLE
         return EXIT_FINISHED
 
     def _job(self) -> dict[str, str]:
