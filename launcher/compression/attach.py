@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from enum import Enum
 from typing import Any
+from weakref import WeakSet
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -16,10 +17,14 @@ from launcher.compression.sharded import attach_sharded
 from launcher.compression.wire import Wire
 from launcher.config.nearest import nearest
 from launcher.config.rules import compression_problems
-from launcher.config.schema import Accumulate, Axis, Codec, CompressionConfig, Strategy
+from launcher.config.schema import Codec, CompressionConfig, Strategy
+from launcher.config.words import in_words
 from launcher.errors import ConfigurationError
 
 __all__ = ["attach"]
+
+_attached: WeakSet[nn.Module] = WeakSet()
+"""Models that have a codec."""
 
 
 def attach(model: nn.Module, codec: str, *, scaler: Any = None, **options: Any) -> Wire:
@@ -42,10 +47,12 @@ def attach(model: nn.Module, codec: str, *, scaler: Any = None, **options: Any) 
         ConfigurationError: naming the value that is wrong and the valid ones.
     """
     config = _config(codec, options)
+    _check_use(model, scaler)
     if isinstance(model, DistributedDataParallel):
         _check(config, Strategy.ddp)
         wire = Wire(next(model.module.parameters()).device, scaler)
         attach_replicated(model, config, wire)
+        _attached.add(model)
         return wire
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not sharded:
@@ -57,30 +64,34 @@ def attach(model: nn.Module, codec: str, *, scaler: Any = None, **options: Any) 
     _check(config, Strategy.hsdp if parameter.device_mesh.ndim == 2 else Strategy.fsdp)
     wire = Wire(parameter.device, scaler)
     attach_sharded(model, config, wire)
+    _attached.add(model)
     return wire
 
 
 def _config(codec: str, options: dict[str, Any]) -> CompressionConfig:
-    chosen = _member(Codec, "codec", codec, without=(Codec.none,))
-    valid = {field.name for field in fields(CompressionConfig)} - {"codec"}
-    for name in options:
-        if name not in valid:
-            raise ConfigurationError(
-                f"There is no option {name!r}.{nearest(name, valid)} Valid: {', '.join(sorted(valid))}."
-            )
-    for name, kind in (("accumulate", Accumulate), ("axis", Axis)):
-        if options.get(name) is not None:
-            options[name] = _member(kind, name, options[name])
-    options.setdefault("error_feedback", chosen in (Codec.int8, Codec.powersgd))
-    return CompressionConfig(codec=chosen, **options)
+    """The options as a configuration file would give them: the same types, the same words."""
+    valid = [str(member.value) for member in Codec if member is not Codec.none]
+    name = codec.value if isinstance(codec, Codec) else codec
+    if name not in valid:
+        raise ConfigurationError(f"codec={codec!r} is not one of {', '.join(valid)}.{nearest(str(name), valid)}")
+    options = {"error_feedback": name in (Codec.int8.value, Codec.powersgd.value), **options}
+    try:
+        config = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(CompressionConfig(codec=Codec(name))), options)
+        )
+    except OmegaConfBaseException as error:
+        raise ConfigurationError(in_words(error)) from None
+    assert isinstance(config, CompressionConfig)
+    return config
 
 
-def _member(kind: type[Enum], name: str, value: Any, without: tuple[Enum, ...] = ()) -> Any:
-    valid = {str(member.value): member for member in kind if member not in without}
-    chosen = valid.get(value.value if isinstance(value, kind) else value)
-    if chosen is None:
-        raise ConfigurationError(f"{name}={value!r} is not one of {', '.join(valid)}.{nearest(str(value), valid)}")
-    return chosen
+def _check_use(model: nn.Module, scaler: Any) -> None:
+    if model in _attached:
+        raise ConfigurationError(f"This {type(model).__name__} has a codec already: attach one, once.")
+    if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
+        raise ConfigurationError(
+            f"scaler={scaler!r} has no get_scale(): pass the GradScaler that multiplies the loss, or nothing."
+        )
 
 
 def _check(config: CompressionConfig, strategy: Strategy) -> None:

@@ -28,6 +28,8 @@ from launcher.errors import ConfigurationError
 
 __all__ = ["accumulation_steps", "check", "compression_problems", "shard_ranks", "world_size"]
 
+_LARGEST_BLOCK = 65536
+
 
 def world_size(config: RunConfig) -> int:
     """Workers in all; the cluster's defaults must have been filled in."""
@@ -212,10 +214,10 @@ def compression_problems(compression: CompressionConfig, strategy: Strategy) -> 
             "compression.error_feedback=true with compression.accumulate=wire: what the backend loses in its sum is "
             "not known. Use compression.accumulate=fp32, or compression.error_feedback=false."
         )
-    if codec is Codec.int8 and (compression.block_size < 4 or compression.block_size % 4):
+    if codec is Codec.int8 and (not 4 <= compression.block_size <= _LARGEST_BLOCK or compression.block_size % 4):
         yield (
-            f"compression.block_size={compression.block_size} must be a multiple of 4, and at least 4, such as 128: "
-            "a block's scale lies behind its values, on a 4-byte boundary."
+            f"compression.block_size={compression.block_size} must be a multiple of 4 from 4 to {_LARGEST_BLOCK}, such "
+            "as 128: a block's scale lies behind its values, on a 4-byte boundary, and one for very many says little."
         )
     yield from _at_least("compression.rank", compression.rank, 1)
     yield from _at_least("compression.start_step", compression.start_step, 2)

@@ -207,6 +207,7 @@ def test_a_final_fraction_without_decay_is_a_warning() -> None:
         ({"codec": "bf16", "accumulate": "wire", "error_feedback": True}, ["compression.error_feedback=true"]),
         ({"codec": "int8", "block_size": 6}, ["compression.block_size=6", "multiple of 4", "128"]),
         ({"codec": "int8", "block_size": 0}, ["compression.block_size=0"]),
+        ({"codec": "int8", "block_size": 100_000_000}, ["compression.block_size=100000000", "65536"]),
         ({"codec": "powersgd", "rank": 0}, ["compression.rank=0", "at least 1"]),
         ({"codec": "powersgd", "start_step": 1}, ["compression.start_step=1", "at least 2"]),
     ],
