@@ -74,7 +74,7 @@ class View:
         if self.job_id is None:
             return "its launching process has ended without a word: killed, or its machine went down"
         said = f"SLURM says: {self.job}" if self.job is not None else f"SLURM knows no job {self.job_id} any more"
-        return f"its job has ended without a word: {said}"
+        return f"its job has ended without a word: {said}; its tasks' own logs are in {self.run.submission}"
 
 
 def views(runs: Sequence[RunDirectory]) -> list[View]:

@@ -81,7 +81,7 @@ def test_only(text: str) -> tuple[bool, str]:
 def _executor(config: RunConfig, folder: Path, workdir: Path) -> SlurmExecutor:
     cluster = config.cluster
     try:
-        executor = SlurmExecutor(folder, python=cluster.python)
+        executor = SlurmExecutor(folder, python=shlex.quote(cluster.python) if cluster.python is not None else None)
     except RuntimeError as error:
         raise RequestError(f"cluster=slurm: there is no srun here ({error}): submit from a login node.") from error
     executor.update_parameters(**_parameters(config, workdir))
