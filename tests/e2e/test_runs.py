@@ -17,7 +17,7 @@ Start = Callable[..., Command]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "launcher")
 TRAIN_FIELDS = {
     *("kind", "attempt", "time", "step", "applied_steps", "samples", "epoch", "loss", "grad_norm", "loss_scale"),
-    *("overflow", "lr", "step_seconds", "data_seconds", "samples_per_second", "memory_gib"),
+    *("overflow", "lr", "step_seconds", "data_seconds", "samples_per_second", "memory_gib", "wire_bytes"),
 }
 
 
@@ -37,7 +37,9 @@ def test_the_demo_trains_and_leaves_a_complete_run(start: Start, tmp_path: Path)
     names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     logs = {"logs/attempt-0/rank-0.log", "logs/attempt-0/rank-1.log"}
     expected = {"config.yaml", "provenance.json", "status.json", "attempts.jsonl", "metrics.jsonl", "result.json"}
-    assert names == expected | logs | {"launcher.lock", "workers.lock"}
+    kept = {name for name in names if name.startswith("checkpoints/step-00000200/")}
+    assert "checkpoints/step-00000200/manifest.json" in kept
+    assert names - kept == expected | logs | {"attempt.json", "launcher.lock", "workers.lock"}
     result = json.loads((run / "result.json").read_text())
     assert set(result) == {"state", "step", "loss", "validation", "parameters_digest", "seconds"}
     assert (result["state"], result["step"]) == ("finished", 200)
