@@ -236,7 +236,7 @@ def main() -> None:
     names = [REFERENCE, *(name for name in arguments.only if name != REFERENCE)]
     for rate in list(RATES)[: 1 if arguments.quick else None]:
         for ranks_per_host in (1,) if arguments.quick else (1, 2):
-            rounds, steps = (3, 5) if arguments.quick else (7, 6) if rate == "1gbit" else (3, 2)
+            rounds, steps = (3, 5) if arguments.quick else (5, 4) if rate == "1gbit" else (3, 1)
             found = contest(rate, ranks_per_host, names, rounds, steps)
             header = ["", "ms a step", "of torch FP32", "MB sent", "of torch FP32", "link used by the reduction alone"]
             title = f"A step of DDP, {rate}/s between 2 hosts with {ranks_per_host} worker(s) each"
