@@ -79,9 +79,9 @@ def enter(
 
 def _go_on(run: RunDirectory, config: RunConfig, command: Sequence[str], job_may_change: bool, state: State) -> Entry:
     refuse_shared_run(run, config.checkpoint.trust_shared_directory)
+    _same_run(run, config, job_may_change)  # before anything is written
     if has_finished(run, config):
         return Entry(run, attempt=0)
-    _same_run(run, config, job_may_change)  # before anything is written
     _refuse_live_job(run)
     lock = _take(run)
     try:
@@ -121,7 +121,6 @@ def _next_attempt(run: RunDirectory, lock: RunLock, command: Sequence[str], stat
     drop_cut_line(run.attempts)
     attempt = record_lost_attempts(run, lock.previous) + 1
     _add_provenance(run, attempt, command)
-    run.result.unlink(missing_ok=True)  # of a run that had finished, and is to go on for longer
     step = Status.read(run.status).step if run.status.exists() else 0
     Status(state, attempt=attempt, step=step, hosts=_hosts(state)).write(run.status)
     return attempt

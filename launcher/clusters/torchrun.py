@@ -30,6 +30,8 @@ from launcher.rundir.lock import RunLock, hold_as_worker
 __all__ = ["join"]
 
 _VERDICT_KEY = "tminus/run"
+_REFUSED_KEY = "tminus/refused"
+"""Set once workers have found that what was asked for is wrong: the workers that torchrun restarts need not try."""
 _COMPOSE_TIMEOUT = timedelta(minutes=10)
 _LOCK_PATIENCE_SECONDS = 10.0
 
@@ -80,12 +82,14 @@ def join(arguments: Sequence[str]) -> int:
         return verdict.exit_code
     if Path(verdict.folder) != Path.cwd():
         move_to(Path(verdict.folder))
+    if restarts > 0 and store.check([_REFUSED_KEY]):  # what was wrong stays wrong
+        return EXIT_REQUEST
     run, attempt = RunDirectory(Path(verdict.run)), verdict.first_attempt + restarts
     if ranks.rank == 0 and restarts > 0:
         lock = RunLock.take(run, _LOCK_PATIENCE_SECONDS, workers_may_be_there=True)
         _locks.append(lock)
         record_lost_attempts(run, lock.previous, before=attempt)
-    return _work(run, attempt, ranks)
+    return _work(run, attempt, ranks, store, is_first=restarts == 0)
 
 
 def _store() -> Any:
@@ -128,7 +132,7 @@ def _compose(arguments: Sequence[str], ranks: Ranks) -> _Verdict:
     return verdicts[-1]
 
 
-def _work(run: RunDirectory, attempt: int, ranks: Ranks) -> Never:
+def _work(run: RunDirectory, attempt: int, ranks: Ranks, store: Any, is_first: bool) -> Never:
     from launcher.observe.ranklog import Streams
     from launcher.rundir.failures import Failure, first_failure
     from launcher.worker import leave_now, live
@@ -145,7 +149,11 @@ def _work(run: RunDirectory, attempt: int, ranks: Ranks) -> Never:
         if first.rank == failure.rank:
             print(failure, file=streams.errors, flush=True)
         if ranks.rank == 0:
-            end_run(run, attempt, started, State.failed, f"rank {first.rank}: {first.message}")
+            wrong = first.exit_code == EXIT_REQUEST
+            reason = f"rank {first.rank}: {first.message}"
+            end_run(run, attempt, started, State.failed, reason, refused=wrong and is_first)
+            if wrong:
+                store.set(_REFUSED_KEY, reason)
 
     outcome = live(run, attempt, on_failure)
     reason = None if outcome.finished else f"stopped on request after step {outcome.step}"

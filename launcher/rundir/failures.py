@@ -58,6 +58,8 @@ class Failure:
         write_json(path, asdict(self))
 
     def __str__(self) -> str:
+        if self.exit_code == EXIT_REQUEST:  # put like one that is found before any worker starts
+            return f"launch: {self.message.strip()}"
         where = f"rank {self.rank} on {self.host} failed; its log: {self.log}"
         return f"{(self.traceback or self.message).strip()}\n{where}"
 

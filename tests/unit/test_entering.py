@@ -6,12 +6,13 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.clusters.attempts import end_run
+from launcher.clusters.attempts import end_run, refusal
 from launcher.clusters.entering import Entry, enter
 from launcher.clusters.safety import refuse_shared_run
 from launcher.config.files import load_config
@@ -127,7 +128,52 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
 def test_a_finished_run_goes_on_if_it_is_to_be_longer(tmp_path: Path) -> None:
     run = begin(tmp_path, finished_at=100)
     assert not entered(configured(tmp_path, train__max_steps=101)).finished
-    assert not run.result.exists()
+    assert Status.read(run.status).state is State.running
+
+
+def test_a_finished_run_does_not_answer_for_another_one(tmp_path: Path) -> None:
+    begin(tmp_path, finished_at=100)
+    with pytest.raises(RunError, match="it would be another run"):
+        entered(configured(tmp_path, seed=1, train__max_steps=50))
+
+
+@pytest.mark.parametrize("finished_at", [None, 100])
+def test_an_attempt_that_was_refused_before_its_first_step_changes_nothing(
+    tmp_path: Path, finished_at: int | None
+) -> None:
+    run = begin(tmp_path, finished_at=finished_at)
+    before = Status.read(run.status)
+    longer = {"train__max_steps": 200}
+    for attempt in (1, 2):
+        assert entered(configured(tmp_path, job__width=7, **longer), job_may_change=True).attempt == attempt
+        end_run(run, attempt, time.time(), State.failed, "not of this model", refused=True)
+        assert Status.read(run.status) == replace(before, updated=Status.read(run.status).updated)
+        assert refusal(run) == "not of this model"
+        assert run.result.exists() == (finished_at is not None)
+        assert run.configs() == [run.config]
+        assert entered(configured(tmp_path)).finished == (finished_at is not None)
+        if finished_at is None:
+            end_run(run, attempt + 1, time.time(), State.resumable, None)
+            break
+    assert {change.key for change in entered(configured(tmp_path, **longer)).changes} == {"train.max_steps"}
+
+
+def test_a_refusal_after_the_first_step_leaves_the_run_failed_and_as_it_was_configured_then(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    entered(configured(tmp_path, job__width=7), job_may_change=True)
+    append_json_line(run.metrics, {"kind": "train", "attempt": 1, "step": 1, "time": 1.0})
+    end_run(run, 1, time.time(), State.failed, "no such sample", refused=True)
+    status = Status.read(run.status)
+    assert (status.state, status.attempt, status.reason) == (State.failed, 1, "no such sample")
+    assert run.configs() == [run.config, run.config_from(1)]
+    assert refusal(run) is None
+
+
+def test_a_new_run_that_was_refused_has_failed(tmp_path: Path) -> None:
+    run = entered(configured(tmp_path)).run
+    end_run(run, 0, time.time(), State.failed, "no such model", refused=True)
+    assert Status.read(run.status).state is State.failed
+    assert run.config.exists()
 
 
 def test_an_attempt_whose_launcher_was_killed_is_written_down_by_the_next(tmp_path: Path) -> None:
