@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.checkpoint import CheckpointStore
 from launcher.checkpoint.safety import writable_by_others
 from launcher.clusters.attempts import record_lost_attempts
 from launcher.clusters.safety import TRUST, refuse_shared_run
@@ -82,6 +83,7 @@ def _go_on(run: RunDirectory, config: RunConfig, command: Sequence[str], job_may
     _same_run(run, config, job_may_change)  # before anything is written
     if has_finished(run, config):
         return Entry(run, attempt=0)
+    _refuse_to_begin_again(run, config)
     _refuse_live_job(run)
     lock = _take(run)
     try:
@@ -112,6 +114,17 @@ def _same_run(run: RunDirectory, config: RunConfig, job_may_change: bool) -> Run
         ]
         raise RunError("\n".join(lines))
     return before
+
+
+def _refuse_to_begin_again(run: RunDirectory, config: RunConfig) -> None:
+    """Raises RunError if the run has checkpoints, and the next attempt would not look at them."""
+    newest = CheckpointStore(run.checkpoints).newest_step()
+    if not config.checkpoint.enabled and newest is not None:
+        raise RunError(
+            f"checkpoint.enabled=false: the run {run.path} has a checkpoint of step {newest}, and would begin again "
+            "from the first step. Leave checkpoints enabled (checkpoint.every_steps=null checkpoint.every_minutes=null "
+            "saves the end alone), or start a new run: leave run_dir out."
+        )
 
 
 def _next_attempt(run: RunDirectory, lock: RunLock, command: Sequence[str], state: State) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from launcher.checkpoint import CheckpointStore, Manifest
 from launcher.clusters.attempts import end_run, refusal
 from launcher.clusters.entering import Entry, enter
 from launcher.clusters.safety import refuse_shared_run
@@ -236,6 +237,20 @@ def test_a_link_to_a_folder_that_others_can_write_into_is_refused(tmp_path: Path
     run.checkpoints.symlink_to(tmp_path / "scratch")
     with pytest.raises(RunError, match=f"{tmp_path}/scratch can be written by every user"):
         refuse_shared_run(run, trusted=False)
+
+
+def test_a_run_with_checkpoints_does_not_begin_again_without_looking_at_them(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    blind = configured(tmp_path, checkpoint__enabled=False)
+    store = CheckpointStore(run.checkpoints)
+    store.begin(10)
+    assert not entered(blind).finished, "nothing has been committed"
+    counts = {"step": 10, "applied_steps": 10, "samples": 0, "world_size": 1}
+    store.commit(Manifest(**counts, strategy="ddp", dtype="float32", config_digest=""), {})  # type: ignore[arg-type]
+    before = contents(run.path)
+    with pytest.raises(RunError, match=r"checkpoint\.enabled=false: .* has a checkpoint of step 10"):
+        entered(blind)
+    assert contents(run.path) == before
 
 
 def test_weights_to_begin_with_must_exist_but_only_for_a_new_run(tmp_path: Path) -> None:
