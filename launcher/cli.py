@@ -51,7 +51,7 @@ def _act(arguments: list[str]) -> int:
     if is_torchrun_worker(os.environ):
         from launcher.clusters.torchrun import join
 
-        return join(arguments)
+        return join(arguments, resumes=arguments[:1] == [_RESUME])
     if not arguments:
         print(_what_to_type(), file=sys.stderr)
         return EXIT_REQUEST

@@ -19,7 +19,7 @@ from typing import Any, Never
 from launcher.clusters.attempts import begin_attempt, end_run, record_lost_attempts
 from launcher.clusters.entering import enter
 from launcher.clusters.folders import move_to
-from launcher.clusters.resuming import RESUME, compose_resumed
+from launcher.clusters.resuming import compose_resumed
 from launcher.environment import Ranks
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE, ConfigurationError, RequestError
 from launcher.orphans import die_with_parent
@@ -54,11 +54,12 @@ _locks: list[RunLock] = []
 """Rank 0's, held until the process ends."""
 
 
-def join(arguments: Sequence[str]) -> int:
+def join(arguments: Sequence[str], resumes: bool) -> int:
     """Become one of torchrun's workers; returns the process's exit code.
 
     Args:
         arguments: the command line without the program's name.
+        resumes: whether its first word says that it goes on with a run.
     """
     die_with_parent()
     restrict_umask()
@@ -68,7 +69,7 @@ def join(arguments: Sequence[str]) -> int:
     if ranks.rank == 0 and restarts == 0:
         verdict = _Verdict(EXIT_REQUEST)
         try:
-            verdict = _compose(arguments, ranks)
+            verdict = _compose(arguments, ranks, resumes)
         except SystemExit as answered:
             verdict = _Verdict(EXIT_REQUEST if answered.code else EXIT_FINISHED)
             raise
@@ -103,7 +104,7 @@ def _store() -> Any:
     return store
 
 
-def _compose(arguments: Sequence[str], ranks: Ranks) -> _Verdict:
+def _compose(arguments: Sequence[str], ranks: Ranks, resumes: bool) -> _Verdict:
     """Compose and enter the run."""
     from launcher.config.compose import compose
     from launcher.config.prepare import Machine, prepare
@@ -112,7 +113,6 @@ def _compose(arguments: Sequence[str], ranks: Ranks) -> _Verdict:
     if {"-m", "--multirun"} & set(arguments):
         raise ConfigurationError("A sweep (-m) starts its own workers: use launch -m … without torchrun.")
     machine = Machine(ranks.world_size // ranks.local_world_size, ranks.local_world_size)
-    resumes = arguments[:1] == [RESUME]
     verdicts = [_Verdict()]
 
     def command(config: RunConfig, warnings: list[str]) -> None:
