@@ -21,6 +21,7 @@ from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State
 from launcher.rundir.cancellation import Cancellation, is_cancelled_at_once
 from launcher.rundir.failures import Failure, first_failure
+from launcher.rundir.records import recording
 
 __all__ = ["launch"]
 
@@ -69,7 +70,8 @@ def _attempts(config: RunConfig, entry: Entry, forwarder: StopForwarder) -> int:
     restarts = Restarts(run, config)
     while True:
         assert entry.lock is not None
-        entry.lock.sign(attempt)
+        with recording(run.path):
+            entry.lock.sign(attempt)
         begin_attempt(run, attempt, stopping=forwarder.requested is not None)
         end = _attempt(config, run, attempt, forwarder)
         if end.failure is None:

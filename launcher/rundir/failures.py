@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 from collections.abc import Sequence
@@ -97,7 +96,7 @@ def first_failure(run: RunDirectory, attempt: int, silent: Sequence[Failure] = (
     for path in run.attempt_logs(attempt).glob("rank-*.failure.json"):
         try:
             written.append(Failure(**read_json(path)))
-        except (OSError, json.JSONDecodeError, TypeError):
+        except (OSError, ValueError, TypeError):
             continue  # the rank was killed while it wrote
     said = {failure.rank for failure in written}
     written.sort(key=lambda failure: failure.time)
