@@ -74,8 +74,9 @@ def test_a_resume_that_a_worker_refuses_changes_nothing(start: Start, project: P
     for attempt, (kind, code) in enumerate(((LAUNCH, 2), (restarting, 1)), start=1):
         command = start(["resume", "mine", "job.fail=dataset", "train.max_steps=30"], project, kind)
         assert command.wait() == code, "torchrun's own exit code is 1"
-        (said,) = [line for line in command.errors.splitlines() if line.startswith("launch: ")]
-        assert "build_dataset" in said
+        said = [line for line in command.errors.splitlines() if line.startswith("launch: ")]
+        assert "build_dataset" in said[0]
+        assert len(said) == 1 or kind == restarting, "of torchrun's ranks two may think they were first"
         assert "failed; its log" not in command.errors
         assert "to go on" not in command.output
         assert (run / "result.json").read_bytes() == result
