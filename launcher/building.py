@@ -157,15 +157,14 @@ def build_learner(
 
 
 def _find(store: CheckpointStore, config: RunConfig, ranks: Ranks) -> Found:
-    """The checkpoint to go on from; newer ones that cannot be used are set aside. Collective."""
+    """The checkpoint to go on from; newer ones that are damaged are set aside. Collective."""
     if not config.checkpoint.enabled:
         return Found(None)
     trust = config.checkpoint.trust_shared_directory
     found = find_newest_valid(store, config.checkpoint.verify, trust, ranks.rank, ranks.world_size)
     if ranks.rank == 0:
         store.clean()
-        for path, _ in found.passed_over:
-            store.set_aside(path)
+        store.pass_over(found)
     return found
 
 

@@ -51,7 +51,7 @@ def _act(arguments: list[str]) -> int:
     if is_torchrun_worker(os.environ):
         from launcher.clusters.torchrun import join
 
-        return join(arguments)
+        return join(arguments, resumes=arguments[:1] == [_RESUME])
     if not arguments:
         print(_what_to_type(), file=sys.stderr)
         return EXIT_REQUEST
@@ -139,9 +139,9 @@ def _followed(runs: Sequence[RunDirectory], codes: list[int]) -> list[float]:
     """Wait for submitted runs; each one's loss."""
     from launcher.verbs.following import follow
 
-    for run in runs:
-        codes.append(follow(run, with_logs=len(runs) == 1))
-    return [_loss(run) if run.result.exists() else math.nan for run in runs]
+    ended = [follow(run, with_logs=len(runs) == 1) for run in runs]
+    codes.extend(ended)
+    return [_loss(run) if code == EXIT_FINISHED else math.nan for run, code in zip(runs, ended, strict=True)]
 
 
 def _loss(run: RunDirectory) -> float:

@@ -11,7 +11,7 @@
     └── TrainingError (RuntimeError)   the request was right, training failed: exit code 1
         ├── DivergenceError            the numbers cannot be trained on (loss scale at its floor, a NaN loss)
         ├── DesynchronisedError        one rank's state has parted from the others'
-        └── CheckpointWriteError       a checkpoint could not be written, and checkpoint.on_failure=stop
+        └── CheckpointWriteError       a checkpoint could not be written: the last one, or checkpoint.on_failure=stop
 
 A message names the bad value, the valid ones, and what to do next. Errors that only
 a mistake of ours can cause are ``assert`` statements and do not belong here.
@@ -80,4 +80,4 @@ class DesynchronisedError(TrainingError):
 
 
 class CheckpointWriteError(TrainingError):
-    """A checkpoint could not be written, and the run is configured to stop then."""
+    """A checkpoint could not be written, and it was the run's last, or the run is configured to stop then."""

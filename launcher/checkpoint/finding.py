@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launcher.checkpoint.manifest import DamagedError
+from launcher.checkpoint.judging import Problem, judging
 from launcher.checkpoint.store import Checkpoint, CheckpointStore, Found
 from launcher.config.schema import Verify
 from launcher.errors import CheckpointError
@@ -22,7 +22,7 @@ def find_newest_valid(store: CheckpointStore, verify: Verify, trust_shared: bool
         CheckpointError: there are checkpoints, and none of them can be used.
     """
     candidates = store.candidates() if rank == 0 else []
-    passed_over: list[tuple[Path, str]] = []
+    passed_over: list[tuple[Path, Problem]] = []
     while True:
         offered: Checkpoint | None = None
         while rank == 0 and candidates and offered is None:
@@ -48,7 +48,7 @@ def find_newest_valid(store: CheckpointStore, verify: Verify, trust_shared: bool
     return Found(None)
 
 
-def _damage(checkpoint: Checkpoint, rank: int, world_size: int) -> str | None:
+def _damage(checkpoint: Checkpoint, rank: int, world_size: int) -> Problem | None:
     """What is wrong with the content of a checkpoint's files, of which each rank reads its share; collective."""
     loads = [0] * world_size
     mine = []
@@ -57,17 +57,12 @@ def _damage(checkpoint: Checkpoint, rank: int, world_size: int) -> str | None:
         loads[lightest] += record.size
         if lightest == rank:
             mine.append(name)
-    problem: str | None = None
-    try:
+    with judging() as verdict:
         checkpoint.check_digests(mine)
-    except DamagedError as damage:
-        problem = str(damage)
-    except OSError as error:
-        problem = f"it cannot be read ({error.strerror}: {error.filename})"
-    problems: list[Any] = [problem]
+    problems: list[Any] = [verdict.problem]
     if world_size > 1:
         problems = [None] * world_size
-        dist.all_gather_object(problems, problem)
+        dist.all_gather_object(problems, verdict.problem)
     return next((one for one in problems if one is not None), None)
 
 

@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 from launcher.checkpoint.files import FOLDER_MODE, file_digest, remove_tree, sync_folder, writing
+from launcher.checkpoint.judging import NotNowError, Problem, judging
 from launcher.checkpoint.manifest import MANIFEST, DamagedError, FileRecord, Manifest
 from launcher.checkpoint.safety import writable_by_others
 from launcher.config.schema import Verify
@@ -47,28 +48,25 @@ class Checkpoint:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DamagedError(f"{MANIFEST} cannot be read ({error.strerror})") from error
+            kind = DamagedError if isinstance(error, FileNotFoundError) else NotNowError
+            raise kind(f"{MANIFEST} cannot be read ({error.strerror})") from error
         manifest = Manifest.parse(data)
         if manifest.step != self.step:
             raise DamagedError(f"{MANIFEST} is that of step {manifest.step}")
         return manifest
 
-    def problem(self, verify: Verify, trust_shared: bool = False) -> str | None:
-        """Why it must not be loaded, in words; None if it may.
+    def problem(self, verify: Verify, trust_shared: bool = False) -> Problem | None:
+        """Why it must not be loaded; None if it may.
 
         Args:
             verify: full reads every byte; sizes only looks at which files there are, and how long.
             trust_shared: load what another user could have written.
         """
-        try:
+        with judging() as verdict:
             self.check_entries(trust_shared)
             if verify is Verify.full:
                 self.check_digests(self.manifest.files)
-        except DamagedError as damage:
-            return str(damage)
-        except OSError as error:
-            return f"it cannot be read ({error.strerror}: {error.filename})"
-        return None
+        return verdict.problem
 
     def check_entries(self, trust_shared: bool = False) -> None:
         """Raises DamagedError unless exactly the files of the manifest are there, with their sizes; reads none."""
@@ -103,7 +101,7 @@ class Found:
     """The newest valid checkpoint, and the newer ones that are not."""
 
     checkpoint: Checkpoint | None
-    passed_over: tuple[tuple[Path, str], ...] = ()
+    passed_over: tuple[tuple[Path, Problem], ...] = ()
     """Newer ones, and why each must not be loaded."""
 
 
@@ -118,6 +116,7 @@ class CheckpointStore:
     def __init__(self, directory: Path, is_current: Callable[[], bool] = lambda: True) -> None:
         self.directory = directory
         self._is_current = is_current
+        self._left_alone: set[Path] = set()
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is once it is committed."""
@@ -148,7 +147,7 @@ class CheckpointStore:
 
     def newest_valid(self, verify: Verify, trust_shared: bool = False) -> Found:
         """The checkpoint that a run would go on from; see ``Checkpoint.problem`` for the arguments."""
-        passed_over: list[tuple[Path, str]] = []
+        passed_over: list[tuple[Path, Problem]] = []
         for checkpoint in self.candidates():
             problem = checkpoint.problem(verify, trust_shared)
             if problem is None:
@@ -180,6 +179,7 @@ class CheckpointStore:
         self._check_current()
         if final.exists():  # one that was passed over, or the run would not have come here again
             self.set_aside(final)
+            self._left_alone.discard(final)
         os.rename(partial, final)
         sync_folder(self.directory)
         return Checkpoint(final, manifest.step)
@@ -198,6 +198,14 @@ class CheckpointStore:
         with suppress(OSError):
             os.rename(path, path.with_name(f"{path.name}.set-aside-{secrets.token_hex(2)}"))
 
+    def pass_over(self, found: Found) -> None:
+        """Set aside what is damaged; leave alone, neither counted nor removed, what could not be loaded this time."""
+        for path, problem in found.passed_over:
+            if problem.is_damage:
+                self.set_aside(path)
+            else:
+                self._left_alone.add(path)
+
     def clean(self) -> None:
         """Remove what earlier attempts have left half-written or half-removed."""
         if self.directory.exists():
@@ -210,7 +218,7 @@ class CheckpointStore:
         The newest one always stays. A checkpoint is renamed before it is removed, so that a crash leaves no
         half of one.
         """
-        candidates = self.candidates()
+        candidates = [checkpoint for checkpoint in self.candidates() if checkpoint.path not in self._left_alone]
         kept = {checkpoint.step for checkpoint in candidates[: max(1, keep)]}
         kept.update(_best(candidates, metric, highest)[:keep_best])
         removed = []
@@ -240,7 +248,7 @@ def _best(candidates: Sequence[Checkpoint], metric: str, highest: bool) -> list[
 def _refuse_shared(path: Path) -> None:
     reason = writable_by_others(path)
     if reason is not None:
-        raise DamagedError(f"{reason}; checkpoint.trust_shared_directory=true loads it all the same")
+        raise NotNowError(f"{reason}; checkpoint.trust_shared_directory=true loads it all the same")
 
 
 def _more(names: Sequence[str]) -> str:

@@ -3,41 +3,111 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
 from launcher.checkpoint import CheckpointStore
+from launcher.errors import RunError
 from launcher.rundir import RunDirectory, State, Status, append_json_line
 from launcher.rundir.fence import Fence
 from launcher.rundir.lock import Holder
-from launcher.rundir.records import read_json_lines
+from launcher.rundir.records import read_json_lines, recording
 
-__all__ = ["begin_attempt", "end_run", "mark_stopping", "record_lost_attempts", "record_restart", "reported_steps"]
+__all__ = [
+    "begin_attempt",
+    "end_run",
+    "mark_stopping",
+    "record_lost_attempts",
+    "record_restart",
+    "refusal",
+    "reported_steps",
+    "take_back",
+]
 
+_REFUSED = "refused"
+"""How an attempt has ended that asked for something wrong, and has changed nothing."""
 _LOST = "the launching process ended without a word: killed, or its machine went down"
 
 
 def begin_attempt(run: RunDirectory, attempt: int, stopping: bool = False) -> None:
     """The run goes on in another attempt, if only to stop; those before are no longer the current one."""
-    Fence(run, attempt).put_up()
-    state = State.stopping if stopping else State.running
-    Status.read(run.status).now(state, attempt=attempt, reason=None).write(run.status)
+    with recording(run.path):
+        Fence(run, attempt).put_up()
+        state = State.stopping if stopping else State.running
+        Status.read(run.status).now(state, attempt=attempt, reason=None).write(run.status)
 
 
 def mark_stopping(run: RunDirectory) -> None:
-    """A request to stop has come; rank 0 writes the same from its next step on."""
-    status = Status.read(run.status)
-    if status.state is State.running:
-        status.now(State.stopping).write(run.status)
+    """A request to stop has come; rank 0 writes the same from its next step on.
+
+    Called by signal handlers: that it cannot be written down must not end a launch that is about to save.
+    """
+    with suppress(OSError, RunError):
+        status = Status.read(run.status)
+        if status.state is State.running:
+            status.now(State.stopping).write(run.status)
 
 
 def end_run(
-    run: RunDirectory, attempt: int, started: float, state: State, reason: str | None, goes_on: bool = False
+    run: RunDirectory,
+    attempt: int,
+    started: float,
+    state: State,
+    reason: str | None,
+    goes_on: bool = False,
+    refused: bool = False,
 ) -> None:
-    """Write down how an attempt has ended, and with it the run, unless that goes on in another attempt at once."""
-    steps = reported_steps(run, attempt)
-    status = Status.read(run.status)
-    now = State.running if goes_on else state
-    status.now(now, attempt=attempt, step=max(steps, default=status.step), reason=reason).write(run.status)
-    _record_end(run, attempt, started, time.time(), state.value, reason)
+    """Write down how an attempt has ended, and with it the run.
+
+    Args:
+        run: the run's directory.
+        attempt: that has ended.
+        started: when it began, in seconds since 1970.
+        state: that the run has come to.
+        reason: in words.
+        goes_on: whether another attempt follows at once.
+        refused: whether it was a launch's first, and what was asked for was wrong: if it has made no step, the run
+            is what it was before.
+
+    Raises:
+        RunError: it cannot be written down.
+    """
+    with recording(run.path):
+        steps = reported_steps(run, attempt)
+        if refused and not steps and take_back(run, attempt):
+            ended = _REFUSED
+        else:
+            ended = state.value
+            status = Status.read(run.status)
+            now = State.running if goes_on else state
+            status.now(now, attempt=attempt, step=max(steps, default=status.step), reason=reason).write(run.status)
+        _record_end(run, attempt, started, time.time(), ended, reason)
+
+
+def refusal(run: RunDirectory) -> str | None:
+    """Why the last attempt has changed nothing; None if it was not refused."""
+    ends = list(_ends(run))
+    return str(ends[-1].get("reason")) if ends and ends[-1].get("ended") == _REFUSED else None
+
+
+def take_back(run: RunDirectory, attempt: int) -> bool:
+    """Let the run be what the attempts before have made of it; ``attempt`` has made no step.
+
+    Returns:
+        False if there is no attempt before.
+    """
+    ends = [line for line in _ends(run) if line["attempt"] < attempt and line.get("ended") != _REFUSED]
+    if not ends:
+        return False
+    run.config_from(attempt).unlink(missing_ok=True)
+    before, status = ends[-1], Status.read(run.status)
+    state = State(before["ended"]) if before.get("ended") in [state.value for state in State] else State.failed
+    reason = before.get("reason")
+    status.now(state, attempt=before["attempt"], step=before.get("last_step") or status.step, reason=reason).write(
+        run.status
+    )
+    return True
 
 
 def record_restart(run: RunDirectory, attempt: int, step: int, reason: str) -> None:
@@ -57,7 +127,7 @@ def record_lost_attempts(run: RunDirectory, last_holder: Holder | None, before: 
     Returns:
         The number of the last attempt that has begun, -1 if there is none.
     """
-    recorded = {int(line["attempt"]) for line in read_json_lines(run.attempts)}
+    recorded = {line["attempt"] for line in _ends(run)}
     begun = set(run.begun_attempts())
     status = Status.read(run.status) if run.status.exists() else None
     if status is not None and status.state in (State.running, State.stopping):
@@ -70,13 +140,21 @@ def record_lost_attempts(run: RunDirectory, last_holder: Holder | None, before: 
     return max(recorded | begun, default=-1)
 
 
+def _ends(run: RunDirectory) -> Iterator[dict[str, Any]]:
+    """What is written down about attempts that have ended; a line that says nothing of one is left out."""
+    for line in read_json_lines(run.attempts):
+        if isinstance(line.get("attempt"), int):
+            yield line
+
+
 def _signs_of_life(
     run: RunDirectory, attempt: int, status: Status | None, last_holder: Holder | None
 ) -> tuple[float, float]:
     """When an attempt was first and last seen, in seconds since 1970."""
     logs = run.attempt_logs(attempt)
     seen = [path.stat().st_mtime for path in [logs, *logs.glob("*")] if path.exists()]
-    seen += [float(line["time"]) for line in read_json_lines(run.metrics) if line.get("attempt") == attempt]
+    lines = (line for line in read_json_lines(run.metrics) if line.get("attempt") == attempt)
+    seen += [float(line["time"]) for line in lines if isinstance(line.get("time"), (int, float))]
     if status is not None and status.attempt == attempt:
         seen.append(status.updated)
     if last_holder is not None and last_holder.attempt == attempt:
@@ -103,6 +181,6 @@ def reported_steps(run: RunDirectory, attempt: int) -> range:
     """The steps that an attempt has reported, first to last."""
     first = last = 0
     for line in read_json_lines(run.metrics):
-        if line.get("attempt") == attempt and line.get("kind") == "train":
+        if line.get("attempt") == attempt and line.get("kind") == "train" and isinstance(line.get("step"), int):
             first, last = first or line["step"], line["step"]
     return range(first, last + 1) if first else range(0)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from launcher.checkpoint import CheckpointStore
 from launcher.checkpoint.safety import writable_by_others
 from launcher.clusters.attempts import record_lost_attempts
 from launcher.clusters.safety import TRUST, refuse_shared_run
@@ -22,7 +25,7 @@ from launcher.rundir.access import restrict_umask
 from launcher.rundir.cancellation import Cancellation
 from launcher.rundir.lock import RunLock
 from launcher.rundir.provenance import provenance
-from launcher.rundir.records import drop_cut_line, write_text
+from launcher.rundir.records import damaged, drop_cut_line, recording, write_text
 
 __all__ = ["Entry", "enter", "has_finished"]
 
@@ -58,9 +61,15 @@ def enter(
 
     Raises:
         ConfigurationError: no directory can be made there.
-        RunError: another launch writes the run, another user could have, or it is not the run of this configuration.
+        RunError: another launch writes the run, another user could have, it is not the run of this configuration, or
+            nothing can be written there.
     """
     restrict_umask()
+    with recording(Path(config.run_dir or config.runs_root)):
+        return _enter(config, command, job_may_change, state)
+
+
+def _enter(config: RunConfig, command: Sequence[str], job_may_change: bool, state: State) -> Entry:
     if config.run_dir is not None and (run := RunDirectory(Path(config.run_dir).absolute())).config.is_file():
         return _go_on(run, config, command, job_may_change, state)
     _check_initial_weights(config)
@@ -69,19 +78,24 @@ def enter(
     if run.config.is_file():  # another launch has made the same run in between
         lock.release()
         return _go_on(run, config, command, job_may_change, state)
-    if reason := writable_by_others(run.path):  # a folder of somebody else's, or a file system without modes
-        print(f"warning: {reason}: the run will not be gone on with, except by {TRUST}", file=sys.stderr)
-    write_text(run.config, to_yaml(config))
-    write_json(run.provenance, provenance(command, Path.cwd()))
-    Status(state, hosts=_hosts(state)).write(run.status)
+    try:
+        if reason := writable_by_others(run.path):  # a folder of somebody else's, or a file system without modes
+            print(f"warning: {reason}: the run will not be gone on with, except by {TRUST}", file=sys.stderr)
+        write_text(run.config, to_yaml(config))
+        write_json(run.provenance, provenance(command, Path.cwd()))
+        Status(state, hosts=_hosts(state)).write(run.status)
+    except BaseException:
+        lock.release()
+        raise
     return Entry(run, attempt=0, lock=lock)
 
 
 def _go_on(run: RunDirectory, config: RunConfig, command: Sequence[str], job_may_change: bool, state: State) -> Entry:
     refuse_shared_run(run, config.checkpoint.trust_shared_directory)
+    _same_run(run, config, job_may_change)  # before anything is written
     if has_finished(run, config):
         return Entry(run, attempt=0)
-    _same_run(run, config, job_may_change)  # before anything is written
+    _refuse_to_begin_again(run, config)
     _refuse_live_job(run)
     lock = _take(run)
     try:
@@ -114,6 +128,17 @@ def _same_run(run: RunDirectory, config: RunConfig, job_may_change: bool) -> Run
     return before
 
 
+def _refuse_to_begin_again(run: RunDirectory, config: RunConfig) -> None:
+    """Raises RunError if the run has checkpoints, and the next attempt would not look at them."""
+    newest = CheckpointStore(run.checkpoints).newest_step()
+    if not config.checkpoint.enabled and newest is not None:
+        raise RunError(
+            f"checkpoint.enabled=false: the run {run.path} has a checkpoint of step {newest}, and would begin again "
+            "from the first step. Leave checkpoints enabled (checkpoint.every_steps=null checkpoint.every_minutes=null "
+            "saves the end alone), or start a new run: leave run_dir out."
+        )
+
+
 def _next_attempt(run: RunDirectory, lock: RunLock, command: Sequence[str], state: State) -> int:
     """Clear up what a killed launch has left, and write down that this one has come."""
     Cancellation.clear(run)
@@ -121,7 +146,6 @@ def _next_attempt(run: RunDirectory, lock: RunLock, command: Sequence[str], stat
     drop_cut_line(run.attempts)
     attempt = record_lost_attempts(run, lock.previous) + 1
     _add_provenance(run, attempt, command)
-    run.result.unlink(missing_ok=True)  # of a run that had finished, and is to go on for longer
     step = Status.read(run.status).step if run.status.exists() else 0
     Status(state, attempt=attempt, step=step, hosts=_hosts(state)).write(run.status)
     return attempt
@@ -165,7 +189,10 @@ def has_finished(run: RunDirectory, config: RunConfig) -> bool:
         return False
     before = load_config(run.configs()[-1])
     if config.train.max_steps is not None:
-        return config.train.max_steps <= int(read_json(run.result)["step"])
+        result = read_json(run.result)
+        if not isinstance(result, dict) or not isinstance(result.get("step"), int):
+            raise damaged(run.result, "it does not say at which step the run has finished")
+        return config.train.max_steps <= int(result["step"])
     return before.train.max_epochs is not None and (config.train.max_epochs or 0) <= before.train.max_epochs
 
 
@@ -179,6 +206,10 @@ def _check_initial_weights(config: RunConfig) -> None:
 
 def _add_provenance(run: RunDirectory, attempt: int, command: Sequence[str]) -> None:
     """Where this launch comes from, beside what was written down about the first."""
-    known = read_json(run.provenance) if run.provenance.exists() else {}
+    known: Any = {}
+    with suppress(OSError, ValueError):  # what is lost is lost: no reason to stop a run
+        known = read_json(run.provenance)
+    known = known if isinstance(known, dict) else {}
+    resumed = known.get("resumed")
     this = {"attempt": attempt, **provenance(command, Path.cwd())}
-    write_json(run.provenance, {**known, "resumed": [*known.get("resumed", []), this]})
+    write_json(run.provenance, {**known, "resumed": [*(resumed if isinstance(resumed, list) else []), this]})

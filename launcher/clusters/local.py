@@ -16,11 +16,12 @@ from launcher.clusters.folders import shown
 from launcher.clusters.progress import Restarts, newest_step, where
 from launcher.config.rules import world_size
 from launcher.config.schema import RunConfig
-from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_RESUMABLE
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE
 from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State
 from launcher.rundir.cancellation import Cancellation, is_cancelled_at_once
 from launcher.rundir.failures import Failure, first_failure
+from launcher.rundir.records import recording
 
 __all__ = ["launch"]
 
@@ -69,7 +70,8 @@ def _attempts(config: RunConfig, entry: Entry, forwarder: StopForwarder) -> int:
     restarts = Restarts(run, config)
     while True:
         assert entry.lock is not None
-        entry.lock.sign(attempt)
+        with recording(run.path):
+            entry.lock.sign(attempt)
         begin_attempt(run, attempt, stopping=forwarder.requested is not None)
         end = _attempt(config, run, attempt, forwarder)
         if end.failure is None:
@@ -82,11 +84,13 @@ def _attempts(config: RunConfig, entry: Entry, forwarder: StopForwarder) -> int:
         has_stepped = len(reported_steps(run, attempt)) > 0
         refusal = restarts.refusal(end.failure, has_stepped, forwarder.requested is not None)
         explained = f"{reason} ({refusal})" if refusal else reason
-        end_run(run, attempt, end.started, State.failed, explained, goes_on=refusal is None)
+        wrong = end.exit_code == EXIT_REQUEST
+        refused = wrong and attempt == entry.attempt
+        end_run(run, attempt, end.started, State.failed, explained, goes_on=refusal is None, refused=refused)
         if refusal is not None:
             if refusal:
                 say(refusal)
-            if restarts.newest_step is not None:
+            if restarts.newest_step is not None and not wrong:
                 _say_how_to_go_on(run, restarts.newest_step)
             say(str(end.failure), error=True)
             return end.exit_code

@@ -13,9 +13,8 @@ from launcher.errors import RequestError
 from launcher.rundir import RunDirectory, read_json
 from launcher.rundir.find import find_run
 
-__all__ = ["RESUME", "compose_resumed"]
+__all__ = ["compose_resumed"]
 
-RESUME = "resume"
 _USAGE = "launch resume RUN [key=value …], where RUN is a path, an id, an unambiguous beginning of one, or latest"
 
 

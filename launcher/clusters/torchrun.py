@@ -19,7 +19,7 @@ from typing import Any, Never
 from launcher.clusters.attempts import begin_attempt, end_run, record_lost_attempts
 from launcher.clusters.entering import enter
 from launcher.clusters.folders import move_to
-from launcher.clusters.resuming import RESUME, compose_resumed
+from launcher.clusters.resuming import compose_resumed
 from launcher.environment import Ranks
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE, ConfigurationError, RequestError
 from launcher.orphans import die_with_parent
@@ -30,6 +30,8 @@ from launcher.rundir.lock import RunLock, hold_as_worker
 __all__ = ["join"]
 
 _VERDICT_KEY = "tminus/run"
+_REFUSED_KEY = "tminus/refused"
+"""Set once workers have found that what was asked for is wrong: the workers that torchrun restarts need not try."""
 _COMPOSE_TIMEOUT = timedelta(minutes=10)
 _LOCK_PATIENCE_SECONDS = 10.0
 
@@ -52,11 +54,12 @@ _locks: list[RunLock] = []
 """Rank 0's, held until the process ends."""
 
 
-def join(arguments: Sequence[str]) -> int:
+def join(arguments: Sequence[str], resumes: bool) -> int:
     """Become one of torchrun's workers; returns the process's exit code.
 
     Args:
         arguments: the command line without the program's name.
+        resumes: whether its first word says that it goes on with a run.
     """
     die_with_parent()
     restrict_umask()
@@ -66,7 +69,7 @@ def join(arguments: Sequence[str]) -> int:
     if ranks.rank == 0 and restarts == 0:
         verdict = _Verdict(EXIT_REQUEST)
         try:
-            verdict = _compose(arguments, ranks)
+            verdict = _compose(arguments, ranks, resumes)
         except SystemExit as answered:
             verdict = _Verdict(EXIT_REQUEST if answered.code else EXIT_FINISHED)
             raise
@@ -80,12 +83,14 @@ def join(arguments: Sequence[str]) -> int:
         return verdict.exit_code
     if Path(verdict.folder) != Path.cwd():
         move_to(Path(verdict.folder))
+    if restarts > 0 and store.check([_REFUSED_KEY]):  # what was wrong stays wrong
+        return EXIT_REQUEST
     run, attempt = RunDirectory(Path(verdict.run)), verdict.first_attempt + restarts
     if ranks.rank == 0 and restarts > 0:
         lock = RunLock.take(run, _LOCK_PATIENCE_SECONDS, workers_may_be_there=True)
         _locks.append(lock)
         record_lost_attempts(run, lock.previous, before=attempt)
-    return _work(run, attempt, ranks)
+    return _work(run, attempt, ranks, store, is_first=restarts == 0)
 
 
 def _store() -> Any:
@@ -99,7 +104,7 @@ def _store() -> Any:
     return store
 
 
-def _compose(arguments: Sequence[str], ranks: Ranks) -> _Verdict:
+def _compose(arguments: Sequence[str], ranks: Ranks, resumes: bool) -> _Verdict:
     """Compose and enter the run."""
     from launcher.config.compose import compose
     from launcher.config.prepare import Machine, prepare
@@ -108,7 +113,6 @@ def _compose(arguments: Sequence[str], ranks: Ranks) -> _Verdict:
     if {"-m", "--multirun"} & set(arguments):
         raise ConfigurationError("A sweep (-m) starts its own workers: use launch -m … without torchrun.")
     machine = Machine(ranks.world_size // ranks.local_world_size, ranks.local_world_size)
-    resumes = arguments[:1] == [RESUME]
     verdicts = [_Verdict()]
 
     def command(config: RunConfig, warnings: list[str]) -> None:
@@ -128,7 +132,7 @@ def _compose(arguments: Sequence[str], ranks: Ranks) -> _Verdict:
     return verdicts[-1]
 
 
-def _work(run: RunDirectory, attempt: int, ranks: Ranks) -> Never:
+def _work(run: RunDirectory, attempt: int, ranks: Ranks, store: Any, is_first: bool) -> Never:
     from launcher.observe.ranklog import Streams
     from launcher.rundir.failures import Failure, first_failure
     from launcher.worker import leave_now, live
@@ -145,7 +149,11 @@ def _work(run: RunDirectory, attempt: int, ranks: Ranks) -> Never:
         if first.rank == failure.rank:
             print(failure, file=streams.errors, flush=True)
         if ranks.rank == 0:
-            end_run(run, attempt, started, State.failed, f"rank {first.rank}: {first.message}")
+            wrong = first.exit_code == EXIT_REQUEST
+            reason = f"rank {first.rank}: {first.message}"
+            end_run(run, attempt, started, State.failed, reason, refused=wrong and is_first)
+            if wrong:
+                store.set(_REFUSED_KEY, reason)
 
     outcome = live(run, attempt, on_failure)
     reason = None if outcome.finished else f"stopped on request after step {outcome.step}"

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from launcher.config.schema import RunConfig
+from launcher.config.words import shown
 
 __all__ = ["Difference", "differences", "fixed_differences"]
 
@@ -26,7 +27,7 @@ class Difference:
     after: Any
 
     def __str__(self) -> str:
-        return f"{self.key}: {_shown(self.before)} there, {_shown(self.after)} here"
+        return f"{self.key}: {shown(self.before)} there, {shown(self.after)} here"
 
 
 def differences(before: RunConfig, after: RunConfig) -> list[Difference]:
@@ -68,7 +69,3 @@ def _leaves(prefix: str, node: Any) -> Iterator[tuple[str, Any]]:
             yield from _leaves(f"{prefix}.{key}" if prefix else str(key), value)
     else:
         yield prefix, node
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -28,9 +29,12 @@ def load_config(path: Path) -> RunConfig:
         ConfigurationError: the file is not such a file.
     """
     try:
-        loaded = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
+        written = OmegaConf.load(path)
+        loaded = OmegaConf.merge(OmegaConf.structured(RunConfig), written)
         config = OmegaConf.to_object(loaded)
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
         raise ConfigurationError(f"{path} is not a run's configuration: {in_words(error)}") from error
     assert isinstance(config, RunConfig)
+    if missing := [field.name for field in fields(RunConfig) if field.name not in written]:
+        raise ConfigurationError(f"{path} is not a run's whole configuration: {', '.join(missing)} missing.")
     return config

@@ -24,6 +24,7 @@ from launcher.config.schema import (
     Strategy,
 )
 from launcher.config.slurm_rules import slurm_problems, slurm_warnings
+from launcher.config.words import shown
 from launcher.errors import ConfigurationError
 
 __all__ = ["accumulation_steps", "check", "compression_problems", "shard_ranks", "world_size"]
@@ -127,7 +128,7 @@ def _length_and_batch(config: RunConfig) -> Iterator[str]:
     if (train.max_steps is None) == (train.max_epochs is None):
         given = "both are" if train.max_steps is not None else "neither is"
         yield (
-            f"train.max_steps={_shown(train.max_steps)} and train.max_epochs={_shown(train.max_epochs)}: {given} "
+            f"train.max_steps={shown(train.max_steps)} and train.max_epochs={shown(train.max_epochs)}: {given} "
             "given. Give exactly one, and set the other to null."
         )
     if train.micro_batch_size is None:
@@ -135,8 +136,8 @@ def _length_and_batch(config: RunConfig) -> Iterator[str]:
     if (train.global_batch_size is None) == (train.accumulation_steps is None):
         given = "both are" if train.global_batch_size is not None else "neither is"
         yield (
-            f"train.global_batch_size={_shown(train.global_batch_size)} and "
-            f"train.accumulation_steps={_shown(train.accumulation_steps)}: {given} given. "
+            f"train.global_batch_size={shown(train.global_batch_size)} and "
+            f"train.accumulation_steps={shown(train.accumulation_steps)}: {given} given. "
             "Give exactly one, and set the other to null."
         )
     elif train.global_batch_size is not None and train.micro_batch_size is not None:
@@ -305,7 +306,3 @@ def _compresses_one_replica(config: RunConfig) -> bool:
     if compression.codec is Codec.none or config.parallel.strategy is not Strategy.hsdp:
         return False
     return compression.axis is not Axis.all and world_size(config) == shard_ranks(config)
-
-
-def _shown(value: object) -> str:
-    return "null" if value is None else str(value)

@@ -9,7 +9,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config.nearest import nearest
 
-__all__ = ["in_words"]
+__all__ = ["in_words", "shown"]
+
+
+def shown(value: object) -> str:
+    """A value as it is written in YAML."""
+    return "null" if value is None else str(value)
 
 
 def in_words(error: BaseException) -> str:

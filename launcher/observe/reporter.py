@@ -109,6 +109,7 @@ class RunReporter(Reporter):
         self._console = console
         self._status = status
         self._status_written = 0.0
+        self._has_stepped = False
         self._stopping = stopping
         self._is_current = is_current
         self._file = open_to_append(run.metrics)
@@ -136,6 +137,9 @@ class RunReporter(Reporter):
         if numbers.compression_error is not None:
             line["compression_error"] = numbers.compression_error
         self._write("train", line)
+        if not self._has_stepped and self._is_current():  # what a shorter run had come to is true until now
+            self._run.result.unlink(missing_ok=True)
+        self._has_stepped = True
         self._console.step(line)
         stopping = numbers.stop or self._stopping()
         if numbers.stop or time.monotonic() - self._status_written > _STATUS_SECONDS:

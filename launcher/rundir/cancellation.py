@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import json
 import socket
 import time
 from dataclasses import asdict, dataclass
@@ -43,7 +42,7 @@ class Cancellation:
         """The request; None if there is none."""
         try:
             return cls(**read_json(run.cancellation))
-        except (OSError, json.JSONDecodeError, TypeError):
+        except (OSError, ValueError, TypeError):
             return None
 
     @staticmethod

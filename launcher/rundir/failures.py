@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import traceback
 from collections.abc import Sequence
@@ -58,6 +57,8 @@ class Failure:
         write_json(path, asdict(self))
 
     def __str__(self) -> str:
+        if self.exit_code == EXIT_REQUEST:  # put like one that is found before any worker starts
+            return f"launch: {self.message.strip()}"
         where = f"rank {self.rank} on {self.host} failed; its log: {self.log}"
         return f"{(self.traceback or self.message).strip()}\n{where}"
 
@@ -95,7 +96,7 @@ def first_failure(run: RunDirectory, attempt: int, silent: Sequence[Failure] = (
     for path in run.attempt_logs(attempt).glob("rank-*.failure.json"):
         try:
             written.append(Failure(**read_json(path)))
-        except (OSError, json.JSONDecodeError, TypeError):
+        except (OSError, ValueError, TypeError):
             continue  # the rank was killed while it wrote
     said = {failure.rank for failure in written}
     written.sort(key=lambda failure: failure.time)

@@ -7,7 +7,6 @@ whoever publishes something for an attempt looks whether a later one has.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -40,5 +39,5 @@ def current_attempt(run: RunDirectory) -> int:
     """The number of the attempt that began last; -1 if it is not known."""
     try:
         return int(read_json(run.fence)["attempt"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError):
         return -1

@@ -6,15 +6,20 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from launcher.errors import RunError
+
 __all__ = [
     "append_json_line",
+    "damaged",
     "drop_cut_line",
     "open_to_append",
     "read_json",
     "read_json_lines",
+    "recording",
     "write_json",
     "write_text",
 ]
@@ -44,8 +49,38 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value in a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        RunError: it holds no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise damaged(path, f"it is not JSON ({error})") from error
+
+
+@contextmanager
+def recording(place: Path) -> Iterator[None]:
+    """Around what is written down about a run from outside its workers.
+
+    Raises:
+        RunError: a file cannot be written, or not be read: the disk is full, the file server is gone, …
+    """
+    try:
+        yield
+    except OSError as error:
+        file = f": {error.filename}" if error.filename else ""
+        raise RunError(
+            f"{place} cannot be written to ({error.strerror or error}{file}). Mend that, make room for one, and give "
+            "the command again."
+        ) from error
+
+
+def damaged(path: Path, reason: str) -> RunError:
+    """The error to raise for a file of a run that does not hold what it should."""
+    return RunError(f"{path} is damaged: {reason}. Move it away, and the run can do without it.")
 
 
 def append_json_line(path: Path, value: Any) -> None:
@@ -60,16 +95,18 @@ def open_to_append(path: Path) -> TextIO:
     return os.fdopen(descriptor, "a", encoding="utf-8", buffering=1)
 
 
-def read_json_lines(path: Path) -> Iterator[Any]:
-    """The values in a file of lines, if there is one; a line that a crash has cut is left out."""
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file of lines, if there is one; a line that a crash has cut is left out."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+                value = json.loads(line)
+            except ValueError:
                 continue
+            if isinstance(value, dict):
+                yield value
 
 
 def drop_cut_line(path: Path) -> None:

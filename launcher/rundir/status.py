@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from launcher.rundir.records import read_json, write_json
+from launcher.rundir.records import damaged, read_json, write_json
 
 __all__ = ["State", "Status"]
 
@@ -46,9 +46,17 @@ class Status:
 
     @classmethod
     def read(cls, path: Path) -> Status:
-        """The status that was written last."""
+        """The status that was written last.
+
+        Raises:
+            OSError: it cannot be read.
+            RunError: it is not a status.
+        """
         content: dict[str, Any] = read_json(path)
-        return cls(**{**content, "state": State(content["state"]), "hosts": tuple(content["hosts"])})
+        try:
+            return cls(**{**content, "state": State(content["state"]), "hosts": tuple(content["hosts"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(path, "it does not hold a run's state") from error
 
     def now(self, state: State, **changes: Any) -> Status:
         """The same run, later."""

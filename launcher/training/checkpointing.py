@@ -48,8 +48,14 @@ class Checkpoints(Protocol):
     def save(self, step: int, take: TakeSnapshot) -> None:
         """Save the state after ``step``; collective."""
 
-    def finish(self, step: int, take: TakeSnapshot) -> None:
-        """The last step was made: have its state on the disk; collective."""
+    def finish(self, step: int, take: TakeSnapshot, complete: bool) -> None:
+        """The attempt's last step was made: have its state on the disk; collective.
+
+        Args:
+            step: the last.
+            take: its state.
+            complete: whether it is the run's last too, after which nobody would save it any more.
+        """
 
 
 class NoCheckpoints:
@@ -70,7 +76,7 @@ class NoCheckpoints:
     def save(self, step: int, take: TakeSnapshot) -> None:
         """Nothing."""
 
-    def finish(self, step: int, take: TakeSnapshot) -> None:
+    def finish(self, step: int, take: TakeSnapshot, complete: bool) -> None:
         """Nothing."""
 
 
@@ -95,6 +101,8 @@ class RunCheckpoints:
     best: float | None = None
     _saved_at: float = field(default_factory=time.monotonic, init=False)
     _saved_step: int = field(default=0, init=False)
+    _problems: str = field(default="", init=False)
+    """What kept the last checkpoint that failed from being written."""
 
     @property
     def votes(self) -> CheckpointVotes:
@@ -146,15 +154,20 @@ class RunCheckpoints:
         if not self.config.asynchronous:
             self._report(self.saver.settle())
 
-    def finish(self, step: int, take: TakeSnapshot) -> None:
+    def finish(self, step: int, take: TakeSnapshot, complete: bool) -> None:
         """Have the state after ``step`` on the disk.
 
         Raises:
-            CheckpointWriteError: it could not be written, and the run is to stop then.
+            CheckpointWriteError: it could not be written, and the run is complete, or is to stop then.
         """
         if self.last_step != step:
             self.save(step, take)
         self._report(self.saver.settle())
+        if complete and self.last_step != step:
+            raise CheckpointWriteError(
+                f"{self._problems}\nTraining is complete, but what it came to is not saved. The former checkpoints are "
+                "as they were: resume the run once there is room, and it makes the steps after the newest again."
+            )
 
     def _report(self, result: Saved | Failed | None) -> None:
         if isinstance(result, Saved):
@@ -170,9 +183,10 @@ class RunCheckpoints:
             self.last_step = None
             problems = [str(problem) for problem in result.problems]
             self.reporter.event("checkpoint_failed", step=result.step, problems=problems)
+            listed = "\n".join(f"  {problem}" for problem in problems)
+            self._problems = f"The checkpoint of step {result.step} could not be written:\n{listed}"
             if self.config.on_failure is OnFailure.stop:
-                listed = "\n".join(f"  {problem}" for problem in problems)
                 raise CheckpointWriteError(
-                    f"The checkpoint of step {result.step} could not be written:\n{listed}\n"
-                    "The former ones are as they were. checkpoint.on_failure=continue trains on without it."
+                    f"{self._problems}\nThe former ones are as they were. "
+                    "checkpoint.on_failure=continue trains on without it."
                 )

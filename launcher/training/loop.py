@@ -113,8 +113,8 @@ class Trainer:
                 self.checkpoints.save(learner.steps, self._snapshot)
         if pending is not None:
             numbers = self._conclude(pending)
-        self.checkpoints.finish(learner.steps, self._snapshot)
         finished = learner.steps >= self.total_steps
+        self.checkpoints.finish(learner.steps, self._snapshot, complete=finished)
         return Outcome(finished, learner.steps, self.progress.loss, self.progress.validation if finished else None)
 
     def _stream(self) -> _TimedBatches:

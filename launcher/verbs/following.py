@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_RESUMABLE
+from launcher.clusters.attempts import refusal
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE
 from launcher.rundir import RunDirectory
 from launcher.verbs.view import View, read_status, views
 
@@ -34,6 +35,9 @@ def follow(run: RunDirectory, with_logs: bool) -> int:
         return EXIT_RESUMABLE
     finally:
         signal.signal(signal.SIGINT, before)
+    if reason := refusal(run):
+        print(f"the run {run.id} is as it was, the last attempt at it was refused: {reason}")
+        return EXIT_REQUEST
     (view,) = views([run])
     explained = f": {view.explanation}" if view.explanation else ""
     print(f"the run {view.name} is {view.condition}{explained}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.session import Command
+from tests.e2e.session import LAUNCH, Command
 from tests.e2e.test_runs import TORCHRUN, json_lines
 
 Start = Callable[..., Command]
@@ -62,6 +62,30 @@ def test_a_finished_run_says_so_and_nothing_is_written(start: Start, project: Pa
         assert command.wait() == 0, command.errors
         assert "the run mine has finished" in command.output
     assert before == {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in (project / "mine").rglob("*")}
+
+
+def test_a_resume_that_a_worker_refuses_changes_nothing(start: Start, project: Path) -> None:
+    same = ["+experiment=own", "run_dir=mine"]
+    command = start(same, project)
+    assert command.wait() == 0, command.errors
+    run = project / "mine"
+    result, state = (run / "result.json").read_bytes(), json.loads((run / "status.json").read_text())
+    restarting = (*TORCHRUN[:3], "--max-restarts", "1", *TORCHRUN[3:])
+    for attempt, (kind, code) in enumerate(((LAUNCH, 2), (restarting, 1)), start=1):
+        command = start(["resume", "mine", "job.fail=dataset", "train.max_steps=30"], project, kind)
+        assert command.wait() == code, "torchrun's own exit code is 1"
+        said = [line for line in command.errors.splitlines() if line.startswith("launch: ")]
+        assert "build_dataset" in said[0]
+        assert len(said) == 1 or kind == restarting, "of torchrun's ranks two may think they were first"
+        assert "failed; its log" not in command.errors
+        assert "to go on" not in command.output
+        assert (run / "result.json").read_bytes() == result
+        assert {**json.loads((run / "status.json").read_text()), "updated": state["updated"]} == state
+        assert not list(run.glob("config-attempt-*"))
+        assert len(json_lines(run / "attempts.jsonl")) == attempt + 1
+    command = start(same, project)
+    assert command.wait() == 0, command.errors
+    assert "the run mine has finished" in command.output
 
 
 def test_another_configuration_for_the_same_run_is_one_message(start: Start, project: Path) -> None:

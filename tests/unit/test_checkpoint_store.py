@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ from launcher.checkpoint import Checkpoint, CheckpointStore, Manifest
 from launcher.checkpoint.files import WriteFailedError, writing
 from launcher.checkpoint.manifest import DamagedError, FileRecord, is_safe_name
 from launcher.checkpoint.safety import writable_by_others
+from launcher.checkpoint.store import Found
 from launcher.config.schema import Verify
 
 FILES = {"__0_0.distcp": b"weights" * 100, "rank-0.pt": b"state" * 10}
@@ -100,9 +102,9 @@ def test_a_damaged_checkpoint_is_named_with_its_reason_and_the_one_before_it_tak
     found = store.newest_valid(Verify.full)
     assert found.checkpoint is not None
     assert found.checkpoint.step == 10
-    ((path, reason),) = found.passed_over
+    ((path, problem),) = found.passed_over
     assert path == newer.path
-    assert words in reason
+    assert words in str(problem)
 
 
 def test_verifying_sizes_reads_no_data_and_so_does_not_see_a_flipped_bit(store: CheckpointStore) -> None:
@@ -163,6 +165,51 @@ def test_a_commit_replaces_a_checkpoint_that_was_passed_over_and_keeps_it_aside(
     assert found.checkpoint is not None
     assert found.passed_over == ()
     assert [path.name[:23] for path in store.directory.iterdir() if "aside" in path.name] == ["step-00000010.set-aside"]
+
+
+def refuse_to_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file server does that has lost its disk for a moment."""
+    read = Path.read_bytes
+
+    def failing(asked: Path) -> bytes:
+        if asked == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(asked)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+
+
+@pytest.mark.parametrize("case", ["permissions", "a read error"])
+def test_what_can_be_mended_is_left_where_it_is_and_neither_counted_nor_removed(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    save(store, 10)
+    newer = save(store, 30)
+    with monkeypatch.context() as patched:
+        if case == "permissions":
+            (newer.path / "rank-0.pt").chmod(0o664)
+        else:
+            refuse_to_read(newer.path / "manifest.json", patched)
+        found = store.newest_valid(Verify.full)
+        assert found.checkpoint is not None
+        assert found.checkpoint.step == 10
+        store.pass_over(found)
+    save(store, 20)
+    store.prune(1, 0, "loss", highest=False)
+    (newer.path / "rank-0.pt").chmod(0o644)
+    assert [checkpoint.step for checkpoint in store.candidates()] == [30, 20]
+    assert store.newest_valid(Verify.full) == Found(newer)
+    save(store, 30)
+    store.prune(1, 0, "loss", highest=False)
+    assert [checkpoint.step for checkpoint in store.candidates()] == [30]
+
+
+def test_what_is_damaged_is_set_aside(store: CheckpointStore) -> None:
+    save(store, 10)
+    flip(save(store, 20).path / "rank-0.pt")
+    store.pass_over(store.newest_valid(Verify.full))
+    assert [checkpoint.step for checkpoint in store.candidates()] == [10]
+    assert any(path.name.startswith("step-00000020.set-aside") for path in store.directory.iterdir())
 
 
 def test_a_commit_whose_files_are_not_all_there_is_none(store: CheckpointStore) -> None:

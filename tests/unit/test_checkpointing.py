@@ -106,7 +106,7 @@ def test_votes_on_the_former_checkpoint_do_not_count_for_the_next(tmp_path: Path
     found.observe(numbers(3, done_votes=1), 4)
     found.observe(numbers(4, done_votes=1), 5)
     assert found.saver.busy
-    found.finish(4, lambda best: snapshot(4))
+    found.finish(4, lambda best: snapshot(4), complete=True)
     assert not found.saver.busy
     assert [step for _, step, _ in found.reporter.events] == [4]
 
@@ -115,7 +115,7 @@ def test_the_end_is_saved_once(tmp_path: Path) -> None:
     found = checkpoints(tmp_path)
     save(found, 4)
     for _ in range(2):
-        found.finish(5, lambda best: snapshot(5))
+        found.finish(5, lambda best: snapshot(5), complete=True)
     assert [(event, step) for event, step, _ in found.reporter.events] == [("checkpoint", 4), ("checkpoint", 5)]
 
 
@@ -125,13 +125,26 @@ def test_a_place_that_cannot_be_written_to_is_told_and_stops_the_run_only_if_ask
 ) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     found = checkpoints(tmp_path, asynchronous=asynchronous)
-    found.finish(4, lambda best: snapshot(4))
+    found.finish(4, lambda best: snapshot(4), complete=False)
     ((event, step, details),) = found.reporter.events
     assert (event, step) == ("checkpoint_failed", 4)
     assert "File exists" in details["problems"][0]
     stopping = checkpoints(tmp_path, on_failure=OnFailure.stop, asynchronous=asynchronous)
     with pytest.raises(CheckpointWriteError, match="checkpoint of step 4 could not be written"):
-        stopping.finish(4, lambda best: snapshot(4))
+        stopping.finish(4, lambda best: snapshot(4), complete=False)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_run_is_not_complete_before_its_last_state_is_on_the_disk(tmp_path: Path, asynchronous: bool) -> None:
+    place = tmp_path / "checkpoints"
+    place.write_text("a file where the folder should be")
+    found = checkpoints(tmp_path, asynchronous=asynchronous)
+    save(found, 4)
+    with pytest.raises(CheckpointWriteError, match=r"step 4 could not be written[\s\S]*File exists[\s\S]*is not saved"):
+        found.finish(4, lambda best: snapshot(4), complete=True)
+    place.unlink()
+    found.finish(4, lambda best: snapshot(4), complete=True)
+    assert found.saver.store.newest_step() == 4
 
 
 def test_without_checkpoints_nothing_is_due() -> None:

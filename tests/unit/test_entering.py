@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.clusters.attempts import end_run
+from launcher.checkpoint import CheckpointStore, Manifest
+from launcher.clusters.attempts import begin_attempt, end_run, mark_stopping, refusal
 from launcher.clusters.entering import Entry, enter
 from launcher.clusters.safety import refuse_shared_run
 from launcher.config.files import load_config
 from launcher.config.schema import RunConfig
-from launcher.errors import RunError
+from launcher.errors import ConfigurationError, RunError
 from launcher.rundir import RunDirectory, State, Status, append_json_line, read_json, write_json
 from tests.unit.configs import good_config
 
@@ -127,7 +131,52 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
 def test_a_finished_run_goes_on_if_it_is_to_be_longer(tmp_path: Path) -> None:
     run = begin(tmp_path, finished_at=100)
     assert not entered(configured(tmp_path, train__max_steps=101)).finished
-    assert not run.result.exists()
+    assert Status.read(run.status).state is State.running
+
+
+def test_a_finished_run_does_not_answer_for_another_one(tmp_path: Path) -> None:
+    begin(tmp_path, finished_at=100)
+    with pytest.raises(RunError, match="it would be another run"):
+        entered(configured(tmp_path, seed=1, train__max_steps=50))
+
+
+@pytest.mark.parametrize("finished_at", [None, 100])
+def test_an_attempt_that_was_refused_before_its_first_step_changes_nothing(
+    tmp_path: Path, finished_at: int | None
+) -> None:
+    run = begin(tmp_path, finished_at=finished_at)
+    before = Status.read(run.status)
+    longer = {"train__max_steps": 200}
+    for attempt in (1, 2):
+        assert entered(configured(tmp_path, job__width=7, **longer), job_may_change=True).attempt == attempt
+        end_run(run, attempt, time.time(), State.failed, "not of this model", refused=True)
+        assert Status.read(run.status) == replace(before, updated=Status.read(run.status).updated)
+        assert refusal(run) == "not of this model"
+        assert run.result.exists() == (finished_at is not None)
+        assert run.configs() == [run.config]
+        assert entered(configured(tmp_path)).finished == (finished_at is not None)
+        if finished_at is None:
+            end_run(run, attempt + 1, time.time(), State.resumable, None)
+            break
+    assert {change.key for change in entered(configured(tmp_path, **longer)).changes} == {"train.max_steps"}
+
+
+def test_a_refusal_after_the_first_step_leaves_the_run_failed_and_as_it_was_configured_then(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    entered(configured(tmp_path, job__width=7), job_may_change=True)
+    append_json_line(run.metrics, {"kind": "train", "attempt": 1, "step": 1, "time": 1.0})
+    end_run(run, 1, time.time(), State.failed, "no such sample", refused=True)
+    status = Status.read(run.status)
+    assert (status.state, status.attempt, status.reason) == (State.failed, 1, "no such sample")
+    assert run.configs() == [run.config, run.config_from(1)]
+    assert refusal(run) is None
+
+
+def test_a_new_run_that_was_refused_has_failed(tmp_path: Path) -> None:
+    run = entered(configured(tmp_path)).run
+    end_run(run, 0, time.time(), State.failed, "no such model", refused=True)
+    assert Status.read(run.status).state is State.failed
+    assert run.config.exists()
 
 
 def test_an_attempt_whose_launcher_was_killed_is_written_down_by_the_next(tmp_path: Path) -> None:
@@ -190,6 +239,91 @@ def test_a_link_to_a_folder_that_others_can_write_into_is_refused(tmp_path: Path
     run.checkpoints.symlink_to(tmp_path / "scratch")
     with pytest.raises(RunError, match=f"{tmp_path}/scratch can be written by every user"):
         refuse_shared_run(run, trusted=False)
+
+
+def test_a_run_with_checkpoints_does_not_begin_again_without_looking_at_them(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    blind = configured(tmp_path, checkpoint__enabled=False)
+    store = CheckpointStore(run.checkpoints)
+    store.begin(10)
+    assert not entered(blind).finished, "nothing has been committed"
+    counts = {"step": 10, "applied_steps": 10, "samples": 0, "world_size": 1}
+    store.commit(Manifest(**counts, strategy="ddp", dtype="float32", config_digest=""), {})  # type: ignore[arg-type]
+    before = contents(run.path)
+    with pytest.raises(RunError, match=r"checkpoint\.enabled=false: .* has a checkpoint of step 10"):
+        entered(blind)
+    assert contents(run.path) == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"state": "asleep"}', "\x00\x00"])
+def test_a_damaged_status_or_result_is_named(tmp_path: Path, content: str) -> None:
+    run = begin(tmp_path, finished_at=100)
+    for path in (run.status, run.result):
+        kept = path.read_text()
+        path.write_text(content)
+        with pytest.raises(RunError, match=rf"{path} is damaged: .* Move it away"):
+            entered(configured(tmp_path))
+        path.write_text(kept)
+    run.result.unlink()
+    run.status.unlink()
+    assert entered(configured(tmp_path)).attempt == 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"resumed": 3}'])
+def test_a_damaged_record_of_where_a_run_comes_from_stops_nobody(tmp_path: Path, content: str) -> None:
+    run = begin(tmp_path)
+    run.provenance.write_text(content)
+    assert entered(configured(tmp_path)).attempt == 1
+    assert [launch["attempt"] for launch in read_json(run.provenance)["resumed"]] == [1]
+
+
+@pytest.mark.parametrize("line", ['{"x": 1}', "[]", "3", '{"attempt": null}', "{"])
+def test_damaged_lines_about_attempts_and_steps_stop_nobody(tmp_path: Path, line: str) -> None:
+    run = begin(tmp_path)
+    for path in (run.attempts, run.metrics):
+        with path.open("a") as file:
+            file.write(f"{line}\n")
+    append_json_line(run.metrics, {"kind": "train", "attempt": 1})
+    assert entered(configured(tmp_path)).attempt == 1
+    end_run(run, 1, time.time(), State.failed, "no", refused=True)
+    assert Status.read(run.status).state is State.resumable
+
+
+@pytest.mark.parametrize("whole", [0.0, 0.3, 0.6, 0.95])
+def test_a_configuration_that_was_cut_is_named(tmp_path: Path, whole: float) -> None:
+    run = begin(tmp_path)
+    text = run.config.read_text()
+    run.config.write_text(text[: int(whole * len(text))])
+    with pytest.raises(ConfigurationError, match=f"{run.config} is not a run's"):
+        entered(configured(tmp_path))
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process can grow."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_one_message_and_the_run_can_be_entered_later(tmp_path: Path) -> None:
+    for attempt in (0, 1):
+        with full_disk(), pytest.raises(RunError, match=r"cannot be written to \(File too large"):
+            entered(configured(tmp_path))
+        entry = entered(configured(tmp_path))
+        assert entry.attempt == attempt
+        entry.run.attempt_logs(attempt).mkdir(parents=True)
+        with full_disk(), pytest.raises(RunError, match=r"cannot be written to \(File too large"):
+            begin_attempt(entry.run, attempt)
+        begin_attempt(entry.run, attempt)
+        with full_disk(), pytest.raises(RunError, match=r"cannot be written to \(File too large"):
+            end_run(entry.run, attempt, time.time(), State.resumable, None)
+        with full_disk():
+            mark_stopping(entry.run)
+        end_run(entry.run, attempt, time.time(), State.resumable, None)
 
 
 def test_weights_to_begin_with_must_exist_but_only_for_a_new_run(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_a_crash_is_told_with_its_traceback_and_log() -> None:
 def test_a_diagnosis_of_ours_is_told_without_a_traceback(error: Exception, code: int) -> None:
     diagnosis = told(error)
     assert (diagnosis.message, diagnosis.traceback, diagnosis.exit_code) == ("no", "", code)
+    assert str(diagnosis).startswith("launch: no" if code == EXIT_REQUEST else "no\nrank 1 on node failed")
 
 
 class DistBackendError(RuntimeError):

@@ -137,6 +137,17 @@ def test_the_status_follows_the_steps(tmp_path: Path) -> None:
     assert (status.state, status.step) == (State.running, 3)
 
 
+def test_what_a_shorter_run_had_come_to_is_there_until_the_first_step(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.result.write_text("{}")
+    report = reporter(tmp_path)
+    report.event("resume", step=0, path="p", passed_over=[], notes=[])
+    assert run.result.exists()
+    report.step(numbers(1), StepTiming(1.0, 0.0))
+    assert not run.result.exists()
+    report.close()
+
+
 def test_a_rank_without_the_terminal_is_silent(tmp_path: Path) -> None:
     silent = build_reporter(RunDirectory(tmp_path), facts(), None, Status(State.running))
     silent.step(numbers(1), StepTiming(1.0, 0.0))

@@ -30,7 +30,7 @@ from launcher.clusters.slurm.watch import Deadline
 from launcher.config.files import load_config
 from launcher.config.schema import RunConfig
 from launcher.environment import JobPlace
-from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_RESUMABLE, RunError
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE, RunError
 from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State, Status
 from launcher.rundir.cancellation import Cancellation, is_cancelled_at_once
@@ -88,6 +88,8 @@ class _Turn:
     _submission: Path
     _forwarder: StopForwarder
     _lock: RunLock | None = None
+    _first: int | None = None
+    """The attempt that follows the submission."""
 
     def run(self) -> int:
         run, forwarder = self._run, self._forwarder
@@ -117,6 +119,7 @@ class _Turn:
             return self._leave(config, attempt, started, f"stopped on request ({forwarder.requested}) before it began")
         forwarder.on_request = lambda: mark_stopping(run)
         Deadline(self._place.job_id, config.cluster.signal_lead_seconds, run, forwarder.request)
+        self._first = attempt if self._place.turn == 0 else None
         return self._attempts(config, attempt, Restarts(run, config, already=lost))
 
     def _take_over(self) -> int:
@@ -173,7 +176,8 @@ class _Turn:
         has_stepped = len(reported_steps(run, attempt)) > 0
         refusal = restarts.refusal(failure, has_stepped, self._forwarder.requested is not None)
         explained = f"{reason} ({refusal})" if refusal else reason
-        end_run(run, attempt, started, State.failed, explained, goes_on=refusal is None)
+        refused = failure.exit_code == EXIT_REQUEST and attempt == self._first
+        end_run(run, attempt, started, State.failed, explained, goes_on=refusal is None, refused=refused)
         if refusal:
             say(refusal)
         say(str(failure), error=True)

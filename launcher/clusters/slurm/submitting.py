@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.clusters.attempts import take_back
 from launcher.clusters.entering import Entry, enter
 from launcher.clusters.folders import shown
 from launcher.clusters.slurm import batch, queue
@@ -48,7 +49,8 @@ class _Sent:
             shutil.rmtree(run.path)
         else:
             shutil.rmtree(self.folder)
-            self.before.write(run.status)
+            if not take_back(run, self.entry.attempt):
+                self.before.write(run.status)
 
     def release(self) -> None:
         if self.entry.lock is not None:

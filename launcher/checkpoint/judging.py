@@ -1,0 +1,44 @@
+"""What is wrong with a checkpoint: damage, which stays, or a state of things that may pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from launcher.checkpoint.manifest import DamagedError
+
+__all__ = ["NotNowError", "Problem", "judging"]
+
+
+class NotNowError(DamagedError):
+    """Nothing is known to be wrong with the content; it must not, or cannot, be loaded as things are."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a checkpoint must not be loaded."""
+
+    reason: str
+    is_damage: bool
+    """Whether the content is wrong, and stays so. Not so for permissions that a user can mend, or a server's error."""
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass
+class _Verdict:
+    problem: Problem | None = None
+
+
+@contextmanager
+def judging() -> Iterator[_Verdict]:
+    """Turns what is raised inside, by a look at a checkpoint, into a problem."""
+    verdict = _Verdict()
+    try:
+        yield verdict
+    except DamagedError as damage:
+        verdict.problem = Problem(str(damage), is_damage=not isinstance(damage, NotNowError))
+    except OSError as error:
+        verdict.problem = Problem(f"it cannot be read ({error.strerror}: {error.filename})", is_damage=False)
