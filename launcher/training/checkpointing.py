@@ -16,10 +16,11 @@ from launcher.errors import CheckpointWriteError
 from launcher.observe import Reporter
 from launcher.precision import NO_VOTES, CheckpointVotes
 from launcher.training.outcome import StepNumbers
+from launcher.training.progress import Best
 
 __all__ = ["Checkpoints", "NoCheckpoints", "RunCheckpoints", "TakeSnapshot"]
 
-TakeSnapshot = Callable[[float | None], Snapshot]
+TakeSnapshot = Callable[[Best | None], Snapshot]
 """The state after the step that was just made, given the best validation so far."""
 
 
@@ -84,7 +85,7 @@ class RunCheckpoints:
         reporter: is told.
         rank: the first's clock decides.
         last_step: that has been saved already.
-        best: the best validation so far; None if there was none.
+        best: the best validation so far, None if there was none; that of another metric or mode is forgotten.
     """
 
     saver: Saver
@@ -92,9 +93,14 @@ class RunCheckpoints:
     reporter: Reporter
     rank: int
     last_step: int | None = None
-    best: float | None = None
+    best: Best | None = None
     _saved_at: float = field(default_factory=time.monotonic, init=False)
     _saved_step: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        judged_by = (self.config.best_metric, self.config.best_mode.value)
+        if self.best is not None and (self.best.metric, self.best.mode) != judged_by:
+            self.best = None
 
     @property
     def votes(self) -> CheckpointVotes:
@@ -128,9 +134,9 @@ class RunCheckpoints:
         if value is None or math.isnan(value):
             return False
         sign = 1 if self.config.best_mode is BestMode.min else -1
-        if self.best is not None and sign * value >= sign * self.best:
+        if self.best is not None and sign * value >= sign * self.best.value:
             return False
-        self.best = value
+        self.best = Best(value, self.config.best_metric, self.config.best_mode.value)
         return self.config.keep_best > 0
 
     def save(self, step: int, take: TakeSnapshot) -> None:

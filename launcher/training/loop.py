@@ -24,7 +24,7 @@ from launcher.precision import attribute
 from launcher.training.batches import Data
 from launcher.training.checkpointing import Checkpoints, NoCheckpoints
 from launcher.training.outcome import StepNumbers, StepTicket
-from launcher.training.progress import Identity, Progress, take_snapshot
+from launcher.training.progress import Best, Identity, Progress, take_snapshot
 from launcher.training.step import Learner, train_step
 from launcher.training.stop import StopRequest
 from launcher.training.validation import validate
@@ -122,7 +122,7 @@ class Trainer:
         workers, offset = self.config.num_data_workers, self.progress.offset
         return _TimedBatches(self.data.micro_batches(steps, workers, pin_memory, offset))
 
-    def _snapshot(self, best: float | None) -> Snapshot:
+    def _snapshot(self, best: Best | None) -> Snapshot:
         assert self.identity is not None
         return take_snapshot(self.learner, self.data, self.identity, self.progress, best)
 

@@ -86,6 +86,27 @@ def test_a_validation_that_is_the_best_so_far_is_saved(tmp_path: Path, mode: Bes
     assert not any(without.due(step, None, {"loss": value}) for step, value in values.items())
 
 
+@pytest.mark.parametrize(
+    ("metric", "mode", "better", "worse"),
+    [("loss", BestMode.min, 0.29, 0.31), ("accuracy", BestMode.max, 0.31, 0.29), ("loss", BestMode.max, 0.31, 0.29)],
+)
+def test_the_best_goes_on_where_it_is_judged_as_before_and_begins_anew_where_not(
+    tmp_path: Path, metric: str, mode: BestMode, better: float, worse: float
+) -> None:
+    same = {"best_metric": metric, "best_mode": mode, "keep_best": 1}
+    begun = checkpoints(tmp_path, **same)
+    assert begun.due(1, None, {metric: 0.3})
+    going_on = RunCheckpoints(begun.saver, begun.config, Told(), rank=0, best=begun.best)
+    assert not going_on.due(2, None, {metric: worse})
+    assert going_on.due(3, None, {metric: better})
+    other_mode = BestMode.max if mode is BestMode.min else BestMode.min
+    for other, value in (({"best_metric": "error"}, worse), ({"best_mode": other_mode}, better)):
+        config = CheckpointConfig(**{**same, **other, "every_minutes": None})
+        judged_anew = RunCheckpoints(begun.saver, config, Told(), rank=0, best=begun.best)
+        assert judged_anew.due(2, None, {config.best_metric: value}), "by the old measure it is no better"
+        assert not judged_anew.due(3, None, {config.best_metric: value})
+
+
 def test_training_goes_on_while_a_checkpoint_is_written_and_it_is_told_when_it_is_one(tmp_path: Path) -> None:
     found = checkpoints(tmp_path)
     save(found, 4)

@@ -9,16 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.checkpoint import CheckpointStore
-from launcher.checkpoint.saver import Saved, Saver
-from launcher.config.schema import Verify
 from launcher.errors import JobError
-from launcher.training.batches import BatchShape, TrainingData
-from launcher.training.progress import Identity, Progress, resumed, take_snapshot
 from launcher.training.step import Learner, train_step
-from tests.unit.learners import UnevenJob, learner_for, uneven_samples
-
-CPU = torch.device("cpu")
+from tests.unit.learners import learner_for, load, save, snapshot, uneven_data
 
 
 class Counting(torch.optim.SGD):
@@ -50,28 +43,9 @@ def build(kind: type[torch.optim.Optimizer], **settings: Any) -> Learner:
     return learner_for(optimizer={"_target_": target, "lr": 0.1, **settings})
 
 
-def data() -> TrainingData:
-    return TrainingData(UnevenJob(), uneven_samples(8), BatchShape(8, 1, 1), 0, seed=0)
-
-
-IDENTITY = Identity("ddp", "float32", "x", 0, 0, 1)
-
-
 def losses(learner: Learner, steps: int) -> list[float]:
-    batches = data().micro_batches(range(learner.steps, learner.steps + steps), 0, False, 0)
+    batches = uneven_data().micro_batches(range(learner.steps, learner.steps + steps), 0, False, 0)
     return [train_step(learner, [batch], stop=False).read().loss for batch in batches]
-
-
-def save(learner: Learner, folder: Path) -> None:
-    saver = Saver(CheckpointStore(folder / "checkpoints"), 0, 1, CPU)
-    saver.begin(lambda: take_snapshot(learner, data(), IDENTITY, Progress(), None))
-    assert isinstance(saver.settle(), Saved)
-
-
-def load(learner: Learner, folder: Path) -> list[str]:
-    found = CheckpointStore(folder / "checkpoints").newest_valid(Verify.full)
-    assert found.checkpoint is not None
-    return resumed(learner, data(), IDENTITY, found.checkpoint)[1]
 
 
 def state(learner: Learner) -> dict[str, Any]:
@@ -84,7 +58,7 @@ def test_what_is_kept_in_the_groups_goes_on(tmp_path: Path) -> None:
     losses(learner, 3)
     save(learner, tmp_path)
     fresh = build(Counting)
-    assert load(fresh, tmp_path) == []
+    assert load(fresh, tmp_path)[1] == []
     assert state(fresh) == {"k": 3, "mode": None, "window": (1.0, 1.5), "distance": torch.tensor(0.75), "made": 3.0}
     assert losses(fresh, 3) == losses(learner, 3)
 
@@ -104,7 +78,7 @@ def test_another_optimizer_takes_nothing(tmp_path: Path) -> None:
     losses(learner, 1)
     save(learner, tmp_path)
     other = learner_for()
-    assert any("it is that of Counting, and this is SGD" in note for note in load(other, tmp_path))
+    assert any("it is that of Counting, and this is SGD" in note for note in load(other, tmp_path)[1])
     assert "k" not in other.optimizer.optimizer.param_groups[0]
 
 
@@ -114,13 +88,13 @@ def test_groups_that_are_no_longer_the_same_are_told(tmp_path: Path) -> None:
     save(learner, tmp_path)
     fresh = build(Counting)
     fresh.optimizer.optimizer.param_groups.append({**fresh.optimizer.optimizer.param_groups[0], "params": []})
-    (note,) = load(fresh, tmp_path)
+    _, (note,) = load(fresh, tmp_path)
     assert "(distance, k, made, mode, window) begins anew: they were 1 and are 2" in note
 
 
 def test_what_cannot_be_saved_is_refused_by_name() -> None:
     learner = build(Unsaved)
-    take_snapshot(learner, data(), IDENTITY, Progress(), None)
+    snapshot(learner)
     losses(learner, 1)
     with pytest.raises(JobError, match=r"Unsaved.param_groups\[0\]\['made'\] is a builtins.object"):
-        take_snapshot(learner, data(), IDENTITY, Progress(), None)
+        snapshot(learner)
