@@ -11,8 +11,9 @@ from typing import Protocol
 
 from launcher.checkpoint.saver import Failed, Saved, Saver
 from launcher.checkpoint.snapshot import Snapshot
+from launcher.config.nearest import nearest
 from launcher.config.schema import BestMode, CheckpointConfig, OnFailure
-from launcher.errors import CheckpointWriteError
+from launcher.errors import CheckpointWriteError, ConfigurationError
 from launcher.observe import Reporter
 from launcher.precision import NO_VOTES, CheckpointVotes
 from launcher.training.outcome import StepNumbers
@@ -46,6 +47,13 @@ class Checkpoints(Protocol):
             validation: after this very step, if there was one.
         """
 
+    def judge(self, step: int, validation: dict[str, float], take: TakeSnapshot) -> None:
+        """Before the last step, ``step`` has been validated: see that the best can be told by it; collective.
+
+        Raises:
+            ConfigurationError: it lacks the metric; the state after ``step`` has been saved.
+        """
+
     def save(self, step: int, take: TakeSnapshot) -> None:
         """Save the state after ``step``; collective."""
 
@@ -67,6 +75,9 @@ class NoCheckpoints:
     def due(self, step: int, numbers: StepNumbers | None, validation: dict[str, float] | None) -> bool:
         """Never."""
         return False
+
+    def judge(self, step: int, validation: dict[str, float], take: TakeSnapshot) -> None:
+        """By nothing."""
 
     def save(self, step: int, take: TakeSnapshot) -> None:
         """Nothing."""
@@ -128,6 +139,22 @@ class RunCheckpoints:
         by_steps = every is not None and step % every == 0
         by_clock = numbers is not None and numbers.step > self._saved_step and numbers.save_votes > 0
         return self._is_best(validation) or by_steps or by_clock
+
+    def judge(self, step: int, validation: dict[str, float], take: TakeSnapshot) -> None:
+        """See that the best can be told by ``validation``.
+
+        Raises:
+            ConfigurationError: it lacks the metric; the state after ``step`` has been saved.
+        """
+        metric = self.config.best_metric
+        if not self.config.keep_best or metric in validation:
+            return
+        self.finish(step, take)
+        raise ConfigurationError(
+            f"checkpoint.best_metric={metric}: there is no such metric of the validation.{nearest(metric, validation)} "
+            f"There are: {', '.join(sorted(validation))}. The run is at step {step}: launch resume RUN "
+            "checkpoint.best_metric=<one of these>, or checkpoint.keep_best=0."
+        )
 
     def _is_best(self, validation: dict[str, float] | None) -> bool:
         value = (validation or {}).get(self.config.best_metric)

@@ -107,6 +107,8 @@ class Trainer:
             if self._validates_after(learner.steps):
                 numbers, pending = self._conclude(pending), None
                 self.progress.validation = self._validate()
+                if learner.steps < self.total_steps:
+                    self.checkpoints.judge(learner.steps, self.progress.validation, self._snapshot)
             if self._saves_now(numbers):
                 if pending is not None:
                     numbers, pending = self._conclude(pending), None

@@ -12,7 +12,7 @@ from launcher.checkpoint import CheckpointStore, Manifest
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.snapshot import Snapshot
 from launcher.config.schema import BestMode, CheckpointConfig, OnFailure
-from launcher.errors import CheckpointWriteError
+from launcher.errors import CheckpointWriteError, ConfigurationError
 from launcher.observe import Reporter
 from launcher.training.checkpointing import NoCheckpoints, RunCheckpoints
 from launcher.training.outcome import StepNumbers
@@ -105,6 +105,25 @@ def test_the_best_goes_on_where_it_is_judged_as_before_and_begins_anew_where_not
         judged_anew = RunCheckpoints(begun.saver, config, Told(), rank=0, best=begun.best)
         assert judged_anew.due(2, None, {config.best_metric: value}), "by the old measure it is no better"
         assert not judged_anew.due(3, None, {config.best_metric: value})
+
+
+def test_a_metric_that_is_not_there_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    validation = {"loss": 1.0, "accuracy": 0.5}
+    found = checkpoints(tmp_path, keep_best=1, best_metric="acuracy")
+    with pytest.raises(ConfigurationError) as caught:
+        found.judge(7, validation, lambda best: snapshot(7))
+    assert "best_metric=acuracy" in str(caught.value)
+    assert "Did you mean 'accuracy'? There are: accuracy, loss. The run is at step 7" in str(caught.value)
+    assert found.saver.store.newest_step() == 7
+
+
+@pytest.mark.parametrize(
+    "settings", [{"keep_best": 0, "best_metric": "x"}, {"keep_best": 1, "best_metric": "accuracy"}]
+)
+def test_a_metric_that_is_there_or_not_asked_for_is_no_matter(tmp_path: Path, settings: dict[str, Any]) -> None:
+    found = checkpoints(tmp_path, **settings)
+    found.judge(7, {"loss": 1.0, "accuracy": 0.5}, lambda best: snapshot(7))
+    assert found.saver.store.newest_step() is None
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_it_is_told_when_it_is_one(tmp_path: Path) -> None:
