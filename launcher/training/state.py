@@ -106,8 +106,8 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _extra_state(model: nn.Module) -> dict[str, Any]:
     """What modules keep through ``get_extra_state``, by the module's name."""
-    found = {name.rpartition("_extra_state"): value for name, value in model.state_dict(keep_vars=True).items()}
-    return {module.rstrip("."): value for (module, is_one, rest), value in found.items() if is_one and not rest}
+    found = {name.rpartition("."): value for name, value in model.state_dict(keep_vars=True).items()}
+    return {module: value for (module, _, name), value in found.items() if name == "_extra_state"}
 
 
 def _require_same_model(checkpoint: Checkpoint, targets: dict[str, Tensor], facts: dict[str, TensorFacts]) -> None:
