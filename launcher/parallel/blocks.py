@@ -65,7 +65,8 @@ def refuse_unshardable(model: nn.Module, units: Sequence[nn.Module], job_name: s
     for unit, whole in enumerate([*units, model]):
         parts = set(whole.modules())
         inner = {part for other in units if other in parts and other is not whole for part in other.modules()}
-        for parameter in (parameter for part in parts - inner for parameter in part.parameters(recurse=False)):
+        own = [part for part in whole.modules() if part not in inner]
+        for parameter in (parameter for part in own for parameter in part.parameters(recurse=False)):
             if owner.setdefault(parameter, unit) != unit:
                 raise JobError(
                     f"{job_name}: the parameter {names[parameter]} is shared between two blocks, or a block and the "
