@@ -57,7 +57,7 @@ class Manifest:
     validation: dict[str, Any] | None = None
     """The metrics of the validation after this very step, if there was one."""
     best: float | None = None
-    """The best value so far of the metric by which the best checkpoints are kept."""
+    """The best value so far of the metric by which the best checkpoints are kept; ``state`` says which that is."""
     state: dict[str, Any] = field(default_factory=dict)
     """What else the training loop and its optimizer want to know again."""
     aliases: dict[str, str] = field(default_factory=dict)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from launcher.checkpoint.loading import read_tensors, tensor_facts
+from launcher.checkpoint.loading import read_private, read_tensors, tensor_facts
 from launcher.checkpoint.store import Checkpoint
 
-__all__ = ["MODEL_PREFIX", "load_model_weights"]
+__all__ = ["MODEL_PREFIX", "load_extra_state", "load_model_weights"]
 
 MODEL_PREFIX = "model."
 """What the names of weights and buffers begin with among a checkpoint's tensors."""
@@ -28,3 +30,13 @@ def load_model_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     read_tensors(checkpoint, weights)
     named = {name.removeprefix(MODEL_PREFIX): value for name, value in weights.items()}
     return named | {alias: named[name] for alias, name in checkpoint.manifest.aliases.items() if name in named}
+
+
+def load_extra_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the first rank's modules gave as ``get_extra_state``, by its name in the model's ``state_dict``.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
+    found = read_private(checkpoint, 0)["extra"]
+    return {f"{module}._extra_state".removeprefix("."): value for module, value in found.items()}

@@ -297,6 +297,11 @@ def _warnings(config: RunConfig) -> Iterator[str]:
             "checkpoint.every_steps and checkpoint.every_minutes are both null: only a request to stop and the end of "
             "the run save anything; whatever kills it costs all of it."
         )
+    if checkpoint.enabled and checkpoint.keep_best and train.eval_every is None:
+        yield (
+            f"checkpoint.keep_best={checkpoint.keep_best} has no effect without train.eval_every: only the last step "
+            "is validated, and is saved in any case."
+        )
     if schedule.decay is Decay.constant and schedule.final_fraction != 0.0:
         yield f"schedule.final_fraction={schedule.final_fraction} has no effect with schedule=constant."
 

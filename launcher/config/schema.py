@@ -271,7 +271,7 @@ class CheckpointConfig:
     keep_best: int = 0
     """The best checkpoints that are kept beside them. Above 0, a validation that is the best so far is saved too."""
     best_metric: str = "loss"
-    """The validation metric that they are judged by."""
+    """The validation metric that they are judged by: loss, or one of the job's. One that is not there ends the run."""
     best_mode: BestMode = BestMode.min
     """Whether its lowest (min) or highest (max) value is the best."""
     asynchronous: bool = True

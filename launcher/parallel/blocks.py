@@ -46,8 +46,14 @@ def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def refuse_unshardable(model: nn.Module, blocks: Sequence[nn.Module], job_name: str) -> None:
-    """Raises JobError on what ``fully_shard`` would break, or refuse in words of its own."""
+def refuse_unshardable(model: nn.Module, units: Sequence[nn.Module], job_name: str) -> None:
+    """Raises JobError on what ``fully_shard`` would break, or refuse in words of its own.
+
+    Args:
+        model: before it is sharded.
+        units: the parts that are sharded by themselves, inner ones first.
+        job_name: for the message.
+    """
     scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
     if scalars:
         raise JobError(
@@ -56,10 +62,11 @@ def refuse_unshardable(model: nn.Module, blocks: Sequence[nn.Module], job_name: 
         )
     names = {parameter: name for name, parameter in model.named_parameters()}
     owner: dict[nn.Parameter, int] = {}
-    inside = {part for block in blocks for part in block.modules()}
-    rest = [parameter for part in model.modules() if part not in inside for parameter in part.parameters(recurse=False)]
-    for unit, parameters in enumerate([rest, *(list(block.parameters()) for block in blocks)]):
-        for parameter in parameters:
+    for unit, whole in enumerate([*units, model]):
+        parts = set(whole.modules())
+        inner = {part for other in units if other in parts and other is not whole for part in other.modules()}
+        own = [part for part in whole.modules() if part not in inner]
+        for parameter in (parameter for part in own for parameter in part.parameters(recurse=False)):
             if owner.setdefault(parameter, unit) != unit:
                 raise JobError(
                     f"{job_name}: the parameter {names[parameter]} is shared between two blocks, or a block and the "

@@ -20,8 +20,8 @@ _SHOWN = 10
 def load_initial_weights(module: nn.Module, path: Path) -> None:
     """Fill a model, laid out over the ranks, from a .safetensors file; no communication.
 
-    The file must hold exactly the names of the model's ``state_dict``; of tied weights one name is enough. One tensor
-    of the file is in memory at a time.
+    The file must hold exactly the names of the model's ``state_dict``; of tied weights one name is enough, and
+    what modules give as ``get_extra_state`` may be left out. One tensor of the file is in memory at a time.
 
     Args:
         module: parameters plain or DTensors; changed in place.
@@ -35,17 +35,32 @@ def load_initial_weights(module: nn.Module, path: Path) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
-            places = _places(module)
-            _check(places, shapes, path)
+            places, holders = _places(module), _holders(module)
+            _check(places, {name: shape for name, shape in shapes.items() if name not in holders}, path)
             for name in shapes:
-                _fill(places[name], file.get_tensor(name))
+                value = file.get_tensor(name)
+                if name in holders:
+                    holders[name].set_extra_state(value)
+                else:
+                    _fill(places[name], value)
     except (SafetensorError, OSError) as error:
         raise RequestError(f"train.init_from={path} cannot be read as a .safetensors file: {error}.") from error
 
 
 def _places(module: nn.Module) -> dict[str, Tensor]:
     """Where each name's value lives: parameters and persistent buffers, tied ones under every name."""
-    return {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    found = module.state_dict(keep_vars=True).items()
+    return {name: value for name, value in found if isinstance(value, Tensor) and not _is_extra(name)}
+
+
+def _holders(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules with extra state, by its name."""
+    names = filter(_is_extra, module.state_dict(keep_vars=True))
+    return {name: module.get_submodule(name.rpartition(".")[0]) for name in names}
+
+
+def _is_extra(name: str) -> bool:
+    return name.rpartition(".")[2] == "_extra_state"
 
 
 def _check(places: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], path: Path) -> None:

@@ -3,6 +3,10 @@
 Autocast stays on: it decides operation by operation, so that norms, softmax and losses stay FP32, and its
 casts of weights that are 16-bit already cost nothing. Inputs are not cast at block borders, or the
 residual stream would lose its precision there.
+
+Batch normalisation keeps its weights in FP32: torch wants them and the running statistics in one type, and
+the statistics are buffers, which stay FP32. So each such layer is sharded by itself, with a policy of its own,
+as FSDP1 did.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from launcher.compression import OverflowProbe, Wire, attach_sharded
 from launcher.config.schema import Strategy
@@ -57,8 +62,9 @@ def build_sharded(
         model = build()
     torch.set_rng_state(generator)
     blocks = prepare(model)
-    refuse_unshardable(model, blocks, type(model).__name__)
-    _shard(model, blocks, strategy, layout)
+    units = [*_full_precision(model, blocks, layout.dtype), *blocks]
+    refuse_unshardable(model, units, type(model).__name__)
+    _shard(model, units, strategy, layout)
     if deferred is None:
         model.to(layout.device)
     else:
@@ -69,12 +75,26 @@ def build_sharded(
     return model.train()
 
 
-def _shard(model: nn.Module, blocks: list[nn.Module], strategy: Strategy, layout: Layout) -> None:
+def _full_precision(model: nn.Module, blocks: list[nn.Module], dtype: torch.dtype) -> list[nn.Module]:
+    """The layers inside ``model`` and its blocks whose weights stay FP32 while the others' are in ``dtype``."""
+    if dtype is torch.float32:
+        return []
+    units = {model, *blocks}
+    norms = (part for part in model.modules() if isinstance(part, _BatchNorm) and part not in units)
+    return [norm for norm in norms if next(norm.parameters(), None) is not None]
+
+
+def _shard(model: nn.Module, units: list[nn.Module], strategy: Strategy, layout: Layout) -> None:
+    """``units``: inner ones first."""
     half = layout.dtype if layout.dtype is not torch.float32 else None
-    # Gradients are reduced, and accumulated between micro-batches, in reduce_dtype.
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = _mesh(strategy, layout)
-    for part in [*blocks, model]:
+    for part in [*units, model]:
+        # Gradients are reduced, and accumulated between micro-batches, in reduce_dtype.
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if isinstance(part, _BatchNorm) else half,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
         # Backward begins with the outermost weights: to free them after forward is to gather them again at once.
         reshard = strategy is not Strategy.zero2 and part is not model
         fully_shard(part, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)

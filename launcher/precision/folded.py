@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launcher.precision.group_state import GroupState
 from launcher.precision.stepped import SteppedParameters
 
 __all__ = ["FoldedOptimizer", "Gradients"]
@@ -46,6 +47,8 @@ class FoldedOptimizer:
     def __init__(self, optimizer: torch.optim.Optimizer, stepped: SteppedParameters | None = None) -> None:
         self.optimizer = optimizer
         self.stepped = stepped or SteppedParameters()
+        self.group_state = GroupState(optimizer)
+        """What the optimizer has changed in its groups since now."""
         self._base_rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.folds = _folds(optimizer)
         """Whether one pass does everything, with no wait for the device."""

@@ -11,15 +11,17 @@ from typing import Protocol
 
 from launcher.checkpoint.saver import Failed, Saved, Saver
 from launcher.checkpoint.snapshot import Snapshot
+from launcher.config.nearest import nearest
 from launcher.config.schema import BestMode, CheckpointConfig, OnFailure
-from launcher.errors import CheckpointWriteError
+from launcher.errors import CheckpointWriteError, ConfigurationError
 from launcher.observe import Reporter
 from launcher.precision import NO_VOTES, CheckpointVotes
 from launcher.training.outcome import StepNumbers
+from launcher.training.progress import Best
 
 __all__ = ["Checkpoints", "NoCheckpoints", "RunCheckpoints", "TakeSnapshot"]
 
-TakeSnapshot = Callable[[float | None], Snapshot]
+TakeSnapshot = Callable[[Best | None], Snapshot]
 """The state after the step that was just made, given the best validation so far."""
 
 
@@ -43,6 +45,13 @@ class Checkpoints(Protocol):
             step: that was just made.
             numbers: that have been read last.
             validation: after this very step, if there was one.
+        """
+
+    def judge(self, step: int, validation: dict[str, float], take: TakeSnapshot) -> None:
+        """Before the last step, ``step`` has been validated: see that the best can be told by it; collective.
+
+        Raises:
+            ConfigurationError: it lacks the metric; the state after ``step`` has been saved.
         """
 
     def save(self, step: int, take: TakeSnapshot) -> None:
@@ -73,6 +82,9 @@ class NoCheckpoints:
         """Never."""
         return False
 
+    def judge(self, step: int, validation: dict[str, float], take: TakeSnapshot) -> None:
+        """By nothing."""
+
     def save(self, step: int, take: TakeSnapshot) -> None:
         """Nothing."""
 
@@ -90,7 +102,7 @@ class RunCheckpoints:
         reporter: is told.
         rank: the first's clock decides.
         last_step: that has been saved already.
-        best: the best validation so far; None if there was none.
+        best: the best validation so far, None if there was none; that of another metric or mode is forgotten.
     """
 
     saver: Saver
@@ -98,11 +110,16 @@ class RunCheckpoints:
     reporter: Reporter
     rank: int
     last_step: int | None = None
-    best: float | None = None
+    best: Best | None = None
     _saved_at: float = field(default_factory=time.monotonic, init=False)
     _saved_step: int = field(default=0, init=False)
     _problems: str = field(default="", init=False)
     """What kept the last checkpoint that failed from being written."""
+
+    def __post_init__(self) -> None:
+        judged_by = (self.config.best_metric, self.config.best_mode.value)
+        if self.best is not None and (self.best.metric, self.best.mode) != judged_by:
+            self.best = None
 
     @property
     def votes(self) -> CheckpointVotes:
@@ -131,14 +148,30 @@ class RunCheckpoints:
         by_clock = numbers is not None and numbers.step > self._saved_step and numbers.save_votes > 0
         return self._is_best(validation) or by_steps or by_clock
 
+    def judge(self, step: int, validation: dict[str, float], take: TakeSnapshot) -> None:
+        """See that the best can be told by ``validation``.
+
+        Raises:
+            ConfigurationError: it lacks the metric; the state after ``step`` has been saved.
+        """
+        metric = self.config.best_metric
+        if not self.config.keep_best or metric in validation:
+            return
+        self.finish(step, take)
+        raise ConfigurationError(
+            f"checkpoint.best_metric={metric}: there is no such metric of the validation.{nearest(metric, validation)} "
+            f"There are: {', '.join(sorted(validation))}. The run is at step {step}: launch resume RUN "
+            "checkpoint.best_metric=<one of these>, or checkpoint.keep_best=0."
+        )
+
     def _is_best(self, validation: dict[str, float] | None) -> bool:
         value = (validation or {}).get(self.config.best_metric)
         if value is None or math.isnan(value):
             return False
         sign = 1 if self.config.best_mode is BestMode.min else -1
-        if self.best is not None and sign * value >= sign * self.best:
+        if self.best is not None and sign * value >= sign * self.best.value:
             return False
-        self.best = value
+        self.best = Best(value, self.config.best_metric, self.config.best_mode.value)
         return self.config.keep_best > 0
 
     def save(self, step: int, take: TakeSnapshot) -> None:

@@ -24,7 +24,7 @@ from launcher.precision import attribute
 from launcher.training.batches import Data
 from launcher.training.checkpointing import Checkpoints, NoCheckpoints
 from launcher.training.outcome import StepNumbers, StepTicket
-from launcher.training.progress import Identity, Progress, take_snapshot
+from launcher.training.progress import Best, Identity, Progress, take_snapshot
 from launcher.training.step import Learner, train_step
 from launcher.training.stop import StopRequest
 from launcher.training.validation import validate
@@ -107,6 +107,8 @@ class Trainer:
             if self._validates_after(learner.steps):
                 numbers, pending = self._conclude(pending), None
                 self.progress.validation = self._validate()
+                if learner.steps < self.total_steps:
+                    self.checkpoints.judge(learner.steps, self.progress.validation, self._snapshot)
             if self._saves_now(numbers):
                 if pending is not None:
                     numbers, pending = self._conclude(pending), None
@@ -122,7 +124,7 @@ class Trainer:
         workers, offset = self.config.num_data_workers, self.progress.offset
         return _TimedBatches(self.data.micro_batches(steps, workers, pin_memory, offset))
 
-    def _snapshot(self, best: float | None) -> Snapshot:
+    def _snapshot(self, best: Best | None) -> Snapshot:
         assert self.identity is not None
         return take_snapshot(self.learner, self.data, self.identity, self.progress, best)
 

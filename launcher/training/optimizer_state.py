@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from launcher.checkpoint.loading import TensorFacts
-from launcher.checkpoint.snapshot import local_part
+from launcher.checkpoint.snapshot import local_part, require_plain
 from launcher.errors import JobError
 from launcher.training.step import Learner
 
-__all__ = ["listed", "load", "numbers", "targets", "tensors"]
+__all__ = ["groups", "listed", "load", "load_groups", "numbers", "targets", "tensors"]
 
 _PREFIX = "optimizer."
 _SHOWN = 5
@@ -41,6 +41,25 @@ def numbers(learner: Learner) -> dict[str, Any]:
     """Every entry that is a Python number, by the name that a tensor would have."""
     entries = _entries(learner)
     return {f"{name}.{key}": value for name, _, key, value in entries if not isinstance(value, Tensor)}
+
+
+def groups(learner: Learner) -> list[dict[str, Any]]:
+    """By group: what the optimizer has changed in it since it was built, beside the rate; not copied.
+
+    Raises:
+        JobError: an entry could not be loaded safely.
+    """
+    found = learner.optimizer.group_state.changed()
+    kind = type(learner.optimizer.optimizer).__name__
+    require_plain(found, f"{kind}.param_groups")
+    for index, group in enumerate(found):
+        for key, value in group.items():
+            if isinstance(value, DTensor):
+                raise JobError(
+                    f"{kind}.param_groups[{index}][{key!r}] is a DTensor, which a checkpoint does not hold there: "
+                    "use parallel=ddp, another optimizer, or checkpoint=none."
+                )
+    return found
 
 
 def targets(
@@ -80,7 +99,7 @@ def _empty_like(source: Tensor, fact: TensorFacts) -> Tensor:
 
 
 def load(learner: Learner, state: dict[Tensor, dict[str, Tensor]], saved_numbers: dict[str, Any]) -> None:
-    """Take up what has been read into ``targets``.
+    """Take up what has been read into ``targets``; what the optimizer keeps in its groups is left as it is.
 
     By torch's own loading, which knows on which device and in which type each entry belongs.
     """
@@ -97,8 +116,33 @@ def load(learner: Learner, state: dict[Tensor, dict[str, Tensor]], saved_numbers
         entry |= {full.rpartition(".")[2]: n for full, n in saved_numbers.items() if full.rpartition(".")[0] == name}
         if entry:
             entries[index] = entry
-    groups = optimizer.optimizer.state_dict()["param_groups"]
-    optimizer.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    kept = optimizer.optimizer.state_dict()["param_groups"]
+    optimizer.optimizer.load_state_dict({"state": entries, "param_groups": kept})
+
+
+def load_groups(learner: Learner, saved: list[dict[str, Any]], saved_kind: str, notes: list[str]) -> None:
+    """Take up what ``groups`` has found.
+
+    Args:
+        learner: freshly built.
+        saved: one dict for each group, tensors on the CPU.
+        saved_kind: the class of the optimizer that was saved; another one's are left out.
+        notes: gets what is left out, in words.
+    """
+    optimizer = learner.optimizer.optimizer
+    if type(optimizer).__name__ != saved_kind or not any(saved):
+        return
+    if len(saved) != len(optimizer.param_groups):
+        notes.append(
+            f"what {saved_kind} keeps in its parameter groups ({listed({key for entry in saved for key in entry})}) "
+            f"begins anew: they were {len(saved)} and are {len(optimizer.param_groups)}"
+        )
+        return
+    for group, entries in zip(optimizer.param_groups, saved, strict=True):
+        for key, value in entries.items():
+            built = group.get(key)
+            device = built.device if isinstance(built, Tensor) else learner.device
+            group[key] = value.to(device) if isinstance(value, Tensor) else value
 
 
 def listed(names: Iterable[str]) -> str:

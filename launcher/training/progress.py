@@ -13,7 +13,7 @@ from launcher.training.batches import Data
 from launcher.training.state import aliases, private_state, restore, shared_tensors
 from launcher.training.step import Learner
 
-__all__ = ["Identity", "Progress", "resumed", "take_snapshot"]
+__all__ = ["Best", "Identity", "Progress", "resumed", "take_snapshot"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,17 @@ class Identity:
     world_size: int
 
 
+@dataclass(frozen=True)
+class Best:
+    """The best validation so far."""
+
+    value: float
+    metric: str
+    """Of which it is the value."""
+    mode: str
+    """Whether the lowest (min) or the highest (max) is the best."""
+
+
 @dataclass
 class Progress:
     """What the loop counts, and a resumed run must know again."""
@@ -40,11 +51,11 @@ class Progress:
     """Of the last step whose numbers were read."""
     validation: dict[str, float] | None = None
     """After the step that was made last, if there was one."""
-    best: float | None = None
+    best: Best | None = None
     """Of the validations; see ``checkpointing``."""
 
 
-def take_snapshot(learner: Learner, data: Data, identity: Identity, progress: Progress, best: float | None) -> Snapshot:
+def take_snapshot(learner: Learner, data: Data, identity: Identity, progress: Progress, best: Best | None) -> Snapshot:
     """The state after the step that was made last; nothing is copied, moved or drawn.
 
     Raises:
@@ -62,8 +73,9 @@ def take_snapshot(learner: Learner, data: Data, identity: Identity, progress: Pr
         loss_scale=learner.loss_scale.state_dict(),
         loss=progress.loss if math.isfinite(progress.loss) else None,
         validation=validation if progress.validation is not None else None,
-        best=best,
+        best=best.value if best is not None else None,
         state={
+            "best_of": [best.metric, best.mode] if best is not None else None,
             "consecutive_skips": progress.consecutive_skips,
             "expected_items": learner.expected_items,
             "global_batch_size": data.shape.global_batch_size,
@@ -100,11 +112,12 @@ def resumed(learner: Learner, data: Data, identity: Identity, checkpoint: Checkp
         )
     elif saved["seed"] != identity.seed and data.num_samples is not None:
         notes.append(f"seed was {saved['seed']} and is {identity.seed}: samples come in another order from here on")
+    judged = saved.get("best_of")
     progress = Progress(
         offset=manifest.samples - manifest.step * size,
         consecutive_skips=saved["consecutive_skips"],
         loss=math.nan if manifest.loss is None else manifest.loss,
         validation=manifest.validation,
-        best=manifest.best,
+        best=Best(manifest.best, *judged) if manifest.best is not None and judged else None,
     )
     return progress, notes

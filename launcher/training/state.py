@@ -50,10 +50,10 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 
 def private_state(learner: Learner, data: Data) -> dict[str, Any]:
-    """What belongs to this rank alone: random generators, buffers, its place in a stream, the job's state.
+    """What is this rank's own: random generators, buffers, its place in a stream, the job's state, optimizer groups.
 
     Raises:
-        JobError: the job or the dataset keep something that could not be loaded safely.
+        JobError: the job, the dataset or the optimizer keep something that could not be loaded safely.
     """
     job = learner.job
     state: dict[str, Any] = {
@@ -63,6 +63,7 @@ def private_state(learner: Learner, data: Data) -> dict[str, Any]:
         "data": data.state_dict(),
         "job": job.state_dict() if hasattr(job, "state_dict") else {},
         "wire": learner.model.wire.state_dict(),
+        "optimizer_groups": optimizer_state.groups(learner),
     }
     require_plain(state["extra"], "The model's extra state")
     require_plain(state["data"], "The state_dict of the training dataset")
@@ -105,8 +106,8 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _extra_state(model: nn.Module) -> dict[str, Any]:
     """What modules keep through ``get_extra_state``, by the module's name."""
-    found = {name.rpartition("_extra_state"): value for name, value in model.state_dict(keep_vars=True).items()}
-    return {module.rstrip("."): value for (module, is_one, rest), value in found.items() if is_one and not rest}
+    found = {name.rpartition("."): value for name, value in model.state_dict(keep_vars=True).items()}
+    return {module: value for (module, _, name), value in found.items() if name == "_extra_state"}
 
 
 def _require_same_model(checkpoint: Checkpoint, targets: dict[str, Tensor], facts: dict[str, TensorFacts]) -> None:
@@ -161,6 +162,7 @@ def _restore_private(
         buffers = _persistent_buffers(learner.model.module)
         for name, value in own["buffers"].items():
             local_part(buffers[name]).copy_(local_part(value))
+    optimizer_state.load_groups(learner, own.get("optimizer_groups", []), checkpoint.manifest.state["optimizer"], notes)
     learner.model.wire.load_state_dict(lambda which: read_private(checkpoint, which)["wire"], saved_world_size)
     if same:  # last: the user's code above may draw
         generators.set_state(own["random"], learner.device)

@@ -2,6 +2,7 @@
 
 The file holds every name of the model's ``state_dict``. safetensors refuses tensors that share memory, so weights
 that are tied in the model are written once for each name: ``load_state_dict(load_file(path))`` is strict, and fits.
+Of what modules give as ``get_extra_state`` it holds the tensors, as they are; the rest is named and left out.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.checkpoint import Checkpoint, CheckpointStore
 from launcher.clusters.safety import refuse_shared_run
@@ -42,9 +43,10 @@ def act(words: Sequence[str]) -> int:
     run = find_run(options.run, Path(options.runs_root))
     refuse_shared_run(run, options.trust_shared_directory, how_to_trust=_TRUST)
     checkpoint = _chosen(run, options.step, options.trust_shared_directory)
-    from launcher.checkpoint.weights import load_model_weights
+    from launcher.checkpoint.weights import load_extra_state, load_model_weights
 
     weights = load_model_weights(checkpoint)
+    extra = _tensors(load_extra_state(checkpoint))
     dtype = Dtype(options.dtype)
     metadata = {
         "format": "pt",
@@ -52,8 +54,8 @@ def act(words: Sequence[str]) -> int:
         "tminus_step": str(checkpoint.step),
         "tminus_tied": json.dumps(_tied(weights)),
     }
-    _write(_converted(weights, dtype), metadata, target)
-    print(f"{target}: {len(weights)} tensors of step {checkpoint.step} as {dtype.value}")
+    _write(_converted(weights, dtype) | extra, metadata, target)
+    print(f"{target}: {len(weights) + len(extra)} tensors of step {checkpoint.step} as {dtype.value}")
     return EXIT_FINISHED
 
 
@@ -97,6 +99,19 @@ def _chosen(run: RunDirectory, step: int | None, trusted: bool) -> Checkpoint:
     if passed_over:
         print(f"warning: passed over:\n{passed_over}")
     return found.checkpoint
+
+
+def _tensors(extra: dict[str, Any]) -> dict[str, Tensor]:
+    """The extra states that are tensors, each in memory of its own; says which are not."""
+    from torch import Tensor
+
+    others = sorted(name for name, value in extra.items() if not isinstance(value, Tensor))
+    if others:
+        print(
+            f"warning: not in the file, since they are no tensors: {', '.join(others)}. Plain PyTorch loads the others "
+            "with load_state_dict(..., strict=False)."
+        )
+    return {name: value.contiguous().clone() for name, value in extra.items() if isinstance(value, Tensor)}
 
 
 def _tied(weights: dict[str, Tensor]) -> dict[str, str]:

@@ -16,11 +16,30 @@ from tests.e2e.session import Command
 
 Start = Callable[..., Command]
 MODEL = '''
+import torch
 from torch import nn
 
 
+class Count(nn.Module):
+    """Extra state that is a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = torch.zeros(1, dtype=torch.float64)
+
+    def forward(self, x):
+        self.calls = self.calls + self.training
+        return x
+
+    def get_extra_state(self):
+        return self.calls
+
+    def set_extra_state(self, state):
+        self.calls = state
+
+
 class Model(nn.Module):
-    """Tied weights, and buffers of two types; knows nothing of T-minus."""
+    """Tied weights, buffers of two types, extra state; knows nothing of T-minus."""
 
     def __init__(self):
         super().__init__()
@@ -28,9 +47,10 @@ class Model(nn.Module):
         self.norm = nn.BatchNorm1d(4)
         self.head = nn.Linear(4, 7, bias=False)
         self.head.weight = self.embedding.weight
+        self.count = Count()
 
     def forward(self, tokens):
-        return self.head(self.norm(self.embedding(tokens)))
+        return self.count(self.head(self.norm(self.embedding(tokens))))
 '''
 JOB = """
 import torch
@@ -64,6 +84,7 @@ print(json.dumps({
     "loaded": loaded,
     "tied": model.head.weight is model.embedding.weight,
     "types": {name: str(value.dtype) for name, value in weights.items()},
+    "calls": float(model.count.calls),
     "batches": int(model.norm.num_batches_tracked),
     "metadata": safe_open(sys.argv[1], "pt").metadata(),
     "digest": hashlib.sha256(
@@ -108,13 +129,13 @@ def test_plain_pytorch_loads_it_strictly_tied_weights_and_buffers_too(
 ) -> None:
     command = start(["export", "mine", str(tmp_path / "out.safetensors")], trained)
     assert command.wait() == 0, command.errors
-    assert "7 tensors of step 9 as float32" in command.output
+    assert "8 tensors of step 9 as float32" in command.output
     plain = in_plain_pytorch(trained, tmp_path / "out.safetensors")
     assert plain["loaded"] == "<All keys matched successfully>"
     assert plain["tied"]
     assert plain["digest"] == digest(trained / "mine")
     assert plain["types"]["norm.num_batches_tracked"] == "torch.int64"
-    assert plain["batches"] > 9
+    assert plain["batches"] == plain["calls"] > 9
     assert json.loads(plain["metadata"]["tminus_tied"]) == {"head.weight": "embedding.weight"}
     assert plain["metadata"]["tminus_step"] == "9"
 
@@ -126,6 +147,7 @@ def test_an_older_checkpoint_and_another_type_can_be_asked_for(start: Start, tra
     plain = in_plain_pytorch(trained, file)
     assert plain["loaded"] == "<All keys matched successfully>"
     assert plain["types"]["embedding.weight"] == "torch.bfloat16"
+    assert plain["types"]["count._extra_state"] == "torch.float64"
     assert plain["types"]["norm.num_batches_tracked"] == "torch.int64"
     assert plain["metadata"]["tminus_step"] == "8"
     assert plain["digest"] != digest(trained / "mine")
@@ -181,7 +203,7 @@ def test_weights_of_another_model_are_one_message(start: Start, trained: Path, t
     command = start(["+experiment=own", f"train.init_from={tmp_path / 'tied.safetensors'}"], trained)
     assert command.wait() == 2
     assert "missing in the file: weight, bias" in command.errors
-    assert "not in the model: embedding.weight" in command.errors
+    assert "not in the model: count._extra_state, embedding.weight" in command.errors
     assert command.errors.count("does not fit the model") == 1
     assert "Traceback" not in command.errors
     command = start(["+experiment=own", "train.init_from=nothing"], trained)

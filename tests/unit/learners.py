@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,14 +10,19 @@ from torch import Tensor, nn
 
 from launcher import Job, LossOutput
 from launcher.building import build_learner
-from launcher.config.schema import RunConfig
+from launcher.checkpoint import CheckpointStore
+from launcher.checkpoint.saver import Saved, Saver
+from launcher.checkpoint.snapshot import Snapshot
+from launcher.config.schema import RunConfig, Verify
 from launcher.environment import Ranks
-from launcher.training.batches import BatchShape
+from launcher.training.batches import BatchShape, TrainingData
+from launcher.training.progress import Best, Identity, Progress, resumed, take_snapshot
 from launcher.training.step import Learner
 from tests.unit.configs import good_config
 
-__all__ = ["UnevenJob", "learner_for", "uneven_samples"]
+__all__ = ["UnevenJob", "learner_for", "load", "save", "snapshot", "uneven_data", "uneven_samples"]
 
+_IDENTITY = Identity("ddp", "float32", "x", 0, 0, 1)
 SGD = {"_target_": "torch.optim.SGD", "lr": 1.0}
 
 
@@ -46,6 +52,30 @@ def uneven_samples(count: int, seed: int = 0) -> list[tuple[Tensor, Tensor, Tens
         )
         for number in range(1, count + 1)
     ]
+
+
+def uneven_data() -> TrainingData:
+    """Eight samples, all in each batch, for the only rank."""
+    return TrainingData(UnevenJob(), uneven_samples(8), BatchShape(8, 1, 1), 0, seed=0)
+
+
+def snapshot(learner: Learner, best: Best | None = None) -> Snapshot:
+    """Of a learner on ``uneven_data``."""
+    return take_snapshot(learner, uneven_data(), _IDENTITY, Progress(), best)
+
+
+def save(learner: Learner, folder: Path, best: Best | None = None) -> None:
+    """A checkpoint of ``snapshot``."""
+    saver = Saver(CheckpointStore(folder / "checkpoints"), 0, 1, learner.device)
+    saver.begin(lambda: snapshot(learner, best))
+    assert isinstance(saver.settle(), Saved)
+
+
+def load(learner: Learner, folder: Path) -> tuple[Progress, list[str]]:
+    """The newest checkpoint of ``save``, into a learner that was freshly built."""
+    found = CheckpointStore(folder / "checkpoints").newest_valid(Verify.full)
+    assert found.checkpoint is not None
+    return resumed(learner, uneven_data(), _IDENTITY, found.checkpoint)
 
 
 def learner_for(job: Job | None = None, accumulation_steps: int = 1, **changes: Any) -> Learner:

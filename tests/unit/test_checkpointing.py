@@ -12,7 +12,7 @@ from launcher.checkpoint import CheckpointStore, Manifest
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.snapshot import Snapshot
 from launcher.config.schema import BestMode, CheckpointConfig, OnFailure
-from launcher.errors import CheckpointWriteError
+from launcher.errors import CheckpointWriteError, ConfigurationError
 from launcher.observe import Reporter
 from launcher.training.checkpointing import NoCheckpoints, RunCheckpoints
 from launcher.training.outcome import StepNumbers
@@ -84,6 +84,46 @@ def test_a_validation_that_is_the_best_so_far_is_saved(tmp_path: Path, mode: Bes
     assert [step for step, value in values.items() if found.due(step, None, {"loss": value})] == best
     without = checkpoints(tmp_path, best_mode=mode)
     assert not any(without.due(step, None, {"loss": value}) for step, value in values.items())
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "better", "worse"),
+    [("loss", BestMode.min, 0.29, 0.31), ("accuracy", BestMode.max, 0.31, 0.29), ("loss", BestMode.max, 0.31, 0.29)],
+)
+def test_the_best_goes_on_where_it_is_judged_as_before_and_begins_anew_where_not(
+    tmp_path: Path, metric: str, mode: BestMode, better: float, worse: float
+) -> None:
+    same = {"best_metric": metric, "best_mode": mode, "keep_best": 1}
+    begun = checkpoints(tmp_path, **same)
+    assert begun.due(1, None, {metric: 0.3})
+    going_on = RunCheckpoints(begun.saver, begun.config, Told(), rank=0, best=begun.best)
+    assert not going_on.due(2, None, {metric: worse})
+    assert going_on.due(3, None, {metric: better})
+    other_mode = BestMode.max if mode is BestMode.min else BestMode.min
+    for other, value in (({"best_metric": "error"}, worse), ({"best_mode": other_mode}, better)):
+        config = CheckpointConfig(**{**same, **other, "every_minutes": None})
+        judged_anew = RunCheckpoints(begun.saver, config, Told(), rank=0, best=begun.best)
+        assert judged_anew.due(2, None, {config.best_metric: value}), "by the old measure it is no better"
+        assert not judged_anew.due(3, None, {config.best_metric: value})
+
+
+def test_a_metric_that_is_not_there_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    validation = {"loss": 1.0, "accuracy": 0.5}
+    found = checkpoints(tmp_path, keep_best=1, best_metric="acuracy")
+    with pytest.raises(ConfigurationError) as caught:
+        found.judge(7, validation, lambda best: snapshot(7))
+    assert "best_metric=acuracy" in str(caught.value)
+    assert "Did you mean 'accuracy'? There are: accuracy, loss. The run is at step 7" in str(caught.value)
+    assert found.saver.store.newest_step() == 7
+
+
+@pytest.mark.parametrize(
+    "settings", [{"keep_best": 0, "best_metric": "x"}, {"keep_best": 1, "best_metric": "accuracy"}]
+)
+def test_a_metric_that_is_there_or_not_asked_for_is_no_matter(tmp_path: Path, settings: dict[str, Any]) -> None:
+    found = checkpoints(tmp_path, **settings)
+    found.judge(7, {"loss": 1.0, "accuracy": 0.5}, lambda best: snapshot(7))
+    assert found.saver.store.newest_step() is None
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_it_is_told_when_it_is_one(tmp_path: Path) -> None:

@@ -39,6 +39,33 @@ def test_one_name_of_tied_weights_is_enough(tmp_path: Path, left_out: str | None
         assert torch.equal(model.state_dict()[name], value)
 
 
+class Remembering(nn.Module):
+    """Extra state that is a tensor, and no view of what it keeps."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 1)
+        self.value = value
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor([self.value])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.value = state.item()
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_extra_state_is_handed_over_if_the_file_has_it(tmp_path: Path, has_it: bool) -> None:
+    source, model = nn.Sequential(Remembering(3.0)), nn.Sequential(Remembering(1.0))
+    content = weights(source)
+    if not has_it:
+        del content["0._extra_state"]
+    save_file(content, tmp_path / "file")
+    load_initial_weights(model, tmp_path / "file")
+    assert model[0].value == (3.0 if has_it else 1.0)
+    assert torch.equal(model[0].inner.weight, source[0].inner.weight)
+
+
 def test_half_precision_weights_are_taken_as_fp32(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     halves = {name: value.bfloat16() for name, value in weights(nn.Linear(2, 2)).items()}

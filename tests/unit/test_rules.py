@@ -178,6 +178,12 @@ def test_a_warmup_that_never_ends_is_a_warning(warmup: int, count: int) -> None:
     assert all(f"schedule.warmup_steps={warmup}" in warning and "max_steps=100" in warning for warning in warnings)
 
 
+def test_a_best_checkpoint_of_one_validation_is_a_warning() -> None:
+    (warning,) = check(good_config(checkpoint__keep_best=2), 0)
+    assert "checkpoint.keep_best=2 has no effect without train.eval_every" in warning
+    assert check(good_config(checkpoint__keep_best=2, train__eval_every=10), 0) == []
+
+
 def test_a_final_fraction_without_decay_is_a_warning() -> None:
     assert "no effect" in check(good_config(schedule__final_fraction=0.1), 0)[0]
     assert check(good_config(schedule__final_fraction=0.1, schedule__decay="linear"), 0) == []
