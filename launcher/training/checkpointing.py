@@ -157,7 +157,7 @@ class RunCheckpoints:
         metric = self.config.best_metric
         if not self.config.keep_best or metric in validation:
             return
-        self.finish(step, take)
+        self.finish(step, take, complete=False)
         raise ConfigurationError(
             f"checkpoint.best_metric={metric}: there is no such metric of the validation.{nearest(metric, validation)} "
             f"There are: {', '.join(sorted(validation))}. The run is at step {step}: launch resume RUN "
