@@ -7,7 +7,15 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["JobPlace", "Ranks", "is_torchrun_worker", "outside_of_jobs", "slurm_job_id", "thread_limit"]
+__all__ = [
+    "JobPlace",
+    "Ranks",
+    "as_first_rank",
+    "is_torchrun_worker",
+    "outside_of_jobs",
+    "slurm_job_id",
+    "thread_limit",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,12 @@ class Ranks:
 def is_torchrun_worker(environment: Mapping[str, str]) -> bool:
     """Whether torchrun (or something that sets the same variables) has started this process as a worker."""
     return all(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def as_first_rank(environment: Mapping[str, str], world_size: int) -> dict[str, str]:
+    """The environment with what a user's code may ask for in a worker, as in the first one; what is there stays."""
+    first = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    return {**first, **environment}
 
 
 def thread_limit(environment: Mapping[str, str], local_world_size: int) -> int | None:

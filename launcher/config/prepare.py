@@ -44,8 +44,10 @@ def prepare(config: RunConfig, machine: Machine | None = None) -> list[str]:
         config.train.init_from = str(Path(config.train.init_from).absolute())  # a run may be resumed from elsewhere
     warnings = check(config, num_gpus)
     from launcher.config.targets import check_targets  # imports the user's code, and torch
+    from launcher.config.trial import refuse_streams_without_state
 
     check_targets(config)
+    refuse_streams_without_state(config)
     return warnings
 
 

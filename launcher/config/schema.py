@@ -267,9 +267,10 @@ class CheckpointConfig:
     every_minutes: float | None = 10.0
     """Minutes between two checkpoints; null: by steps alone."""
     keep: int = 2
-    """The newest checkpoints that are kept."""
+    """The newest checkpoints that are kept; of damaged ones that were set aside as many."""
     keep_best: int = 0
-    """The best checkpoints that are kept beside them. Above 0, a validation that is the best so far is saved too."""
+    """The best checkpoints that are kept beside them. Above 0, a validation that is the best so far is saved
+    too, and there must be validation data."""
     best_metric: str = "loss"
     """The validation metric that they are judged by: loss, or one of the job's. One that is not there ends the run."""
     best_mode: BestMode = BestMode.min

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from launcher.config.streams import stream_problem
 from launcher.errors import JobError
 from launcher.job import Job
 from launcher.training.workers import leave_signals_to_parent
@@ -153,15 +154,9 @@ def checked_dataset(job: Job, split: str) -> Dataset[Any] | None:
         if split == "train":
             raise JobError(f"{name} returned None: there must be a dataset to train on.")
         return None
+    if problem := stream_problem(job, split, dataset):
+        raise JobError(problem)
     if isinstance(dataset, IterableDataset):
-        missing = [method for method in ("state_dict", "load_state_dict") if not hasattr(dataset, method)]
-        if split != "train" or missing:
-            raise JobError(
-                f"{name} returned an IterableDataset ({type(dataset).__name__}) "
-                + (f"without {' and '.join(missing)}, whose" if split == "train" else "to validate on, whose")
-                + " place in the data cannot be restored: return a map-style dataset, with __len__ and __getitem__"
-                + (", or add these methods." if split == "train" else ".")
-            )
         return dataset
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise JobError(f"{name} returned {type(dataset).__name__}: a dataset needs __len__ and __getitem__.")
