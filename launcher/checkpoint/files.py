@@ -15,6 +15,8 @@ from launcher.checkpoint.manifest import FileRecord
 __all__ = ["DigestedFile", "WriteFailedError", "file_digest", "remove_tree", "sync_folder", "writing"]
 
 _LARGE = 2**20
+_BEHIND = 8 * 2**20
+"""Bytes after which the kernel is asked to begin to bring them to the disk."""
 _FILE_MODE, FOLDER_MODE = 0o644, 0o755  # whatever the umask: nobody else is to write
 
 
@@ -42,7 +44,7 @@ class DigestedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._digest = hashlib.sha256()
-        self._size = 0
+        self._size = self._begun = 0
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="tminus-digest")
         self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE), "wb", _LARGE)
 
@@ -59,7 +61,16 @@ class DigestedFile:
             self._digest.update(view)
             self._file.write(view)
         self._size += view.nbytes
+        if self._size - self._begun >= _BEHIND:
+            self._write_back()
         return view.nbytes
+
+    def _write_back(self) -> None:
+        """Have the disk work while the rest is digested, or ``close`` waits for all of it. Only advice: nothing depends
+        on it. On Linux it starts the writing of what is changed in the range, and waits for none of it."""
+        with suppress(OSError, AttributeError):
+            os.posix_fadvise(self._file.fileno(), self._begun, self._size - self._begun, os.POSIX_FADV_DONTNEED)
+        self._begun = self._size
 
     def flush(self) -> None:
         """Nothing: ``close`` does."""

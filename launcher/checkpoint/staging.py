@@ -45,7 +45,8 @@ class WritePlan:
 def make_plan(tensors: dict[str, Tensor], rank: int, world_size: int) -> WritePlan:
     """Agree on who writes what; collective."""
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(tensors, is_coordinator=rank == 0)
+    # Detached: that something requires a gradient does not belong into the layout on the disk.
+    planner.set_up_planner({name: tensor.detach() for name, tensor in tensors.items()}, is_coordinator=rank == 0)
     local = planner.create_local_plan()
     # Ranks beyond the last row of a small tensor hold nothing of it.
     local = SavePlan([item for item in local.items if not _is_empty(item)])

@@ -29,7 +29,7 @@ def shared_tensors(learner: Learner, rank: int) -> dict[str, Tensor]:
         JobError: something has no name, or is not a tensor or number.
     """
     model = learner.model.module
-    tensors = {MODEL_PREFIX + name: parameter.detach() for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {MODEL_PREFIX + name: parameter for name, parameter in model.named_parameters()}
     if rank == 0:
         tensors |= {MODEL_PREFIX + name: buffer.detach() for name, buffer in _persistent_buffers(model).items()}
     return tensors | optimizer_state.tensors(learner)
