@@ -6,7 +6,8 @@ without importing torch. Writing (``saver``) and reading (``loading``, ``weights
 Does not belong here: what a learner's state is (``training.state``), when to save (``training.checkpointing``).
 """
 
+from launcher.checkpoint.folder import Checkpoint
 from launcher.checkpoint.manifest import FileRecord, Manifest
-from launcher.checkpoint.store import Checkpoint, CheckpointStore, Found
+from launcher.checkpoint.store import CheckpointStore, Found
 
 __all__ = ["Checkpoint", "CheckpointStore", "FileRecord", "Found", "Manifest"]

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from launcher.checkpoint.folder import Checkpoint
 from launcher.checkpoint.judging import Problem, judging
-from launcher.checkpoint.store import Checkpoint, CheckpointStore, Found
+from launcher.checkpoint.store import CheckpointStore, Found
 from launcher.config.schema import Verify
 from launcher.errors import CheckpointError
 

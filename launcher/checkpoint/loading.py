@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+from launcher.checkpoint.folder import Checkpoint
 from launcher.checkpoint.layout import LAYOUT, read_layout
 from launcher.checkpoint.manifest import DamagedError
-from launcher.checkpoint.store import Checkpoint
 from launcher.errors import CheckpointError
 
 __all__ = ["TensorFacts", "rank_file", "read_private", "read_tensors", "tensor_facts"]

@@ -7,93 +7,29 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import re
 import secrets
-import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
-from launcher.checkpoint.files import FOLDER_MODE, file_digest, remove_tree, sync_folder, writing
-from launcher.checkpoint.judging import NotNowError, Problem, judging
+from launcher.checkpoint.files import FOLDER_MODE, remove_tree, sync_folder, writing
+from launcher.checkpoint.folder import Checkpoint
+from launcher.checkpoint.judging import Problem
 from launcher.checkpoint.manifest import MANIFEST, DamagedError, FileRecord, Manifest
-from launcher.checkpoint.safety import writable_by_others
 from launcher.config.schema import Verify
 
-__all__ = ["Checkpoint", "CheckpointStore", "Found"]
+__all__ = ["CheckpointStore", "Found"]
+
+_log = logging.getLogger(__name__)
 
 _COMMITTED = re.compile(r"step-(\d{8,})")
 _PARTIAL = re.compile(r"step-\d{8,}\.partial")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder that claims to be a checkpoint."""
-
-    path: Path
-    step: int
-
-    @cached_property
-    def manifest(self) -> Manifest:
-        """Its manifest, read once.
-
-        Raises:
-            DamagedError: there is none, or it is not what was written.
-        """
-        path = self.path / MANIFEST
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            kind = DamagedError if isinstance(error, FileNotFoundError) else NotNowError
-            raise kind(f"{MANIFEST} cannot be read ({error.strerror})") from error
-        manifest = Manifest.parse(data)
-        if manifest.step != self.step:
-            raise DamagedError(f"{MANIFEST} is that of step {manifest.step}")
-        return manifest
-
-    def problem(self, verify: Verify, trust_shared: bool = False) -> Problem | None:
-        """Why it must not be loaded; None if it may.
-
-        Args:
-            verify: full reads every byte; sizes only looks at which files there are, and how long.
-            trust_shared: load what another user could have written.
-        """
-        with judging() as verdict:
-            self.check_entries(trust_shared)
-            if verify is Verify.full:
-                self.check_digests(self.manifest.files)
-        return verdict.problem
-
-    def check_entries(self, trust_shared: bool = False) -> None:
-        """Raises DamagedError unless exactly the files of the manifest are there, with their sizes; reads none."""
-        if not trust_shared:
-            for folder in (self.path, self.path.parent, self.path.parent.parent):  # the run's own, the last
-                _refuse_shared(folder)
-        expected = self.manifest.files
-        there = set(os.listdir(self.path)) - {MANIFEST}
-        if missing := sorted(set(expected) - there):
-            raise DamagedError(f"{missing[0]} is missing{_more(missing)}")
-        if extra := sorted(there - set(expected)):
-            raise DamagedError(f"{extra[0]} does not belong to it{_more(extra)}")
-        for name in [MANIFEST, *sorted(expected)]:
-            path = self.path / name
-            found = os.lstat(path)
-            if not stat.S_ISREG(found.st_mode):
-                raise DamagedError(f"{name} is not a regular file")
-            if name != MANIFEST and found.st_size != expected[name].size:
-                raise DamagedError(f"{name} has {found.st_size} bytes instead of {expected[name].size}")
-            if not trust_shared:
-                _refuse_shared(path)
-
-    def check_digests(self, names: Iterable[str]) -> None:
-        """Raises DamagedError on the first of some files whose content is not what was written."""
-        for name in names:
-            if file_digest(self.path / name) != self.manifest.files[name].sha256:
-                raise DamagedError(f"{name} is damaged: its content is not what was written")
+_ASIDE = re.compile(r"step-(\d{8,})\.set-aside-[0-9a-f]{4}")
 
 
 @dataclass(frozen=True)
@@ -216,7 +152,8 @@ class CheckpointStore:
         """Remove all but the ``keep`` newest and the ``keep_best`` best; returns what was removed.
 
         The newest one always stays. A checkpoint is renamed before it is removed, so that a crash leaves no
-        half of one.
+        half of one. Of those that have been set aside the ``keep`` newest stay too: they show what has happened, and
+        must not fill the disk.
         """
         candidates = [checkpoint for checkpoint in self.candidates() if checkpoint.path not in self._left_alone]
         kept = {checkpoint.step for checkpoint in candidates[: max(1, keep)]}
@@ -229,6 +166,14 @@ class CheckpointStore:
                 os.rename(checkpoint.path, doomed)
                 remove_tree(doomed)
                 removed.append(checkpoint.path)
+        return removed + self._prune_aside(max(1, keep))
+
+    def _prune_aside(self, keep: int) -> list[Path]:
+        aside = [(int(match[1]), match[0]) for match in map(_ASIDE.fullmatch, os.listdir(self.directory)) if match]
+        removed = [self.directory / name for _, name in sorted(aside, reverse=True)[keep:]]
+        for path in removed:
+            _log.warning("%s is removed: %d newer ones that were set aside are kept", path, keep)
+            remove_tree(path)
         return removed
 
 
@@ -243,13 +188,3 @@ def _best(candidates: Sequence[Checkpoint], metric: str, highest: bool) -> list[
         if isinstance(value, (int, float)) and not math.isnan(value):
             values.append((-value if highest else value, checkpoint.step))
     return [step for _, step in sorted(values)]
-
-
-def _refuse_shared(path: Path) -> None:
-    reason = writable_by_others(path)
-    if reason is not None:
-        raise NotNowError(f"{reason}; checkpoint.trust_shared_directory=true loads it all the same")
-
-
-def _more(names: Sequence[str]) -> str:
-    return f", and {len(names) - 1} more" if len(names) > 1 else ""

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launcher.checkpoint.folder import Checkpoint
 from launcher.checkpoint.loading import read_private, read_tensors, tensor_facts
-from launcher.checkpoint.store import Checkpoint
 
 __all__ = ["MODEL_PREFIX", "load_extra_state", "load_model_weights"]
 

@@ -264,3 +264,23 @@ def test_cleaning_removes_what_is_half_written_and_nothing_else(store: Checkpoin
 def test_asking_for_the_newest_checkpoint_needs_no_torch() -> None:
     program = "import sys, launcher.checkpoint; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_pruning_keeps_as_many_set_aside_as_checkpoints_and_says_what_it_removes(
+    store: CheckpointStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (10, 20, 30, 40):
+        flip(save(store, step).path / "rank-0.pt")
+    store.pass_over(store.newest_valid(Verify.full))
+    (store.directory / "notes.set-aside-by-hand").mkdir()
+    save(store, 50)
+    removed = store.prune(keep=2, keep_best=0, metric="loss", highest=False)
+    assert [path.name[:13] for path in removed] == ["step-00000020", "step-00000010"]
+    assert sorted(path.name.partition(".set-aside")[0] for path in store.directory.iterdir()) == [
+        "notes",
+        "step-00000030",
+        "step-00000040",
+        "step-00000050",
+    ]
+    assert len(caplog.messages) == 2
+    assert all("is removed" in message for message in caplog.messages)
