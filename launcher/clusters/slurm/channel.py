@@ -19,7 +19,7 @@ from launcher.clusters.slurm import network, queue
 from launcher.clusters.slurm.queue import QueueError
 from launcher.environment import JobPlace
 from launcher.errors import RunError
-from launcher.rundir.records import read_json, write_json
+from launcher.rundir.records import read_json, recording, write_json
 
 __all__ = ["Channel", "Directive", "MissingNodesError", "join", "open_channel"]
 
@@ -127,13 +127,14 @@ def open_channel(place: JobPlace, interface: str | None, timeout_seconds: float,
     """On the first node: bind a free port, and leave its address in ``folder``.
 
     Raises:
-        RunError: there is no such interface, or no way to another node.
+        RunError: there is no such interface, no way to another node, or no room for the address.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # made in C++
 
     address = _own_address(place, interface)
     store = TCPStore(address, 0, None, True, timeout=_ANSWER, wait_for_workers=False, multi_tenant=True)
-    write_json(_address_file(folder, place), {"address": address, "port": store.port, "host": socket.gethostname()})
+    with recording(folder):
+        write_json(_address_file(folder, place), {"address": address, "port": store.port, "host": socket.gethostname()})
     return Channel(store, address, store.port, place, timeout_seconds)
 
 

@@ -30,14 +30,14 @@ from launcher.clusters.slurm.watch import Deadline
 from launcher.config.files import load_config
 from launcher.config.schema import RunConfig
 from launcher.environment import JobPlace
-from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE, RunError
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE, RequestError, RunError
 from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State, Status
 from launcher.rundir.cancellation import Cancellation, is_cancelled_at_once
 from launcher.rundir.failures import Failure, first_failure
 from launcher.rundir.fence import Fence, current_attempt
 from launcher.rundir.lock import RunLock
-from launcher.rundir.records import drop_cut_line
+from launcher.rundir.records import drop_cut_line, recording
 
 if TYPE_CHECKING:
     from launcher.training.loop import Outcome
@@ -70,6 +70,8 @@ def lead(run: RunDirectory, config: RunConfig, place: JobPlace, submission: Path
     channel.arrive()
     try:
         code = _Turn(run, place, channel, submission, forwarder).run()
+    except RequestError as error:  # a full disk, a damaged file: not a mistake of ours
+        code = _end_without_attempt(run, str(error))
     except Exception as error:  # a mistake of ours: the job ends, and the run is not left as if it went on
         traceback.print_exc()
         code = _end_without_attempt(run, f"the first node failed: {type(error).__name__}: {error}")
@@ -124,6 +126,10 @@ class _Turn:
 
     def _take_over(self) -> int:
         """Become the current attempt: what is left of an earlier one, on a node that SLURM has given up, ends."""
+        with recording(self._run.path):
+            return self._number_taken()
+
+    def _number_taken(self) -> int:
         run = self._run
         drop_cut_line(run.metrics)
         drop_cut_line(run.attempts)
@@ -235,7 +241,8 @@ class _Turn:
 
 
 def _end_without_attempt(run: RunDirectory, reason: str) -> int:
-    """The run has failed before anything was started."""
-    Status.read(run.status).now(State.failed, reason=reason).write(run.status)
+    """The run has failed before anything was started; that is said even if it cannot be written down."""
+    with suppress(OSError, RunError):
+        Status.read(run.status).now(State.failed, reason=reason).write(run.status)
     print(f"launch: {reason}", file=sys.stderr, flush=True)
     return EXIT_FAILED
