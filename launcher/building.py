@@ -74,6 +74,7 @@ def build_trainer(
     # The user's code builds data before the generators are set: it may draw from them.
     dataset, validation = checked_dataset(job, "train"), checked_dataset(job, "validation")
     assert dataset is not None
+    _refuse_best_of_nothing(config, job, validation)
     shape = BatchShape(train.micro_batch_size, accumulation_steps(config, ranks.world_size), ranks.world_size)
     data = training_data(job, dataset, shape, ranks.rank, config.seed)
     found = _find(store, config, ranks)
@@ -154,6 +155,16 @@ def build_learner(
         accumulation_steps=shape.accumulation_steps,
         measure_every=config.train.log_every,
     )
+
+
+def _refuse_best_of_nothing(config: RunConfig, job: Job, validation: object) -> None:
+    """Before anything is trained: nobody would notice that no best checkpoint is kept until it is wanted."""
+    keep = config.checkpoint.keep_best
+    if config.checkpoint.enabled and keep and validation is None:
+        raise JobError(
+            f"checkpoint.keep_best={keep}, but {type(job).__name__}.build_dataset('validation') returned None: there "
+            "is nothing to judge the best by. Return a validation dataset, or use checkpoint.keep_best=0."
+        )
 
 
 def _find(store: CheckpointStore, config: RunConfig, ranks: Ranks) -> Found:

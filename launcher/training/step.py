@@ -122,7 +122,7 @@ def _accumulate(learner: Learner, micro_batches: Iterable[Any]) -> Sums:
     for index, batch in enumerate(micro_batches):
         with learner.model.synchronising(last=index == last):
             with learner.autocast():
-                output = learner.job.compute_loss(learner.model.training, to_device(batch, learner.device))
+                output = _loss(learner, to_device(batch, learner.device))
             checked(output, learner.job)
             count = _as_tensor(output.items, learner.device)
             if learner.expected_items is None:
@@ -132,6 +132,18 @@ def _accumulate(learner: Learner, micro_batches: Iterable[Any]) -> Sums:
         loss += output.loss.detach()
         items += count
     return Sums(loss=loss, items=items)
+
+
+def _loss(learner: Learner, batch: Any) -> LossOutput:
+    try:
+        return learner.job.compute_loss(learner.model.training, batch)
+    except RuntimeError as error:
+        if "mixed dtype (CPU)" in str(error):
+            error.add_note(
+                "On CPUs a layer or group norm takes its input in the type of its weights, which under zero2, fsdp and "
+                "hsdp is the precision's: give it norm(x.to(norm.weight.dtype)), or use parallel=ddp or precision=fp32."
+            )
+        raise
 
 
 def _expected_items(learner: Learner, count: Tensor) -> float:

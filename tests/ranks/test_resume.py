@@ -60,6 +60,7 @@ def assert_same(straight: Run, again: Run, after: int) -> None:
     ("options", "workers"),
     [
         ("parallel=ddp train.micro_batch_size=6", 2),
+        ("parallel=ddp train.micro_batch_size=4", 3),
         ("parallel=zero2 train.micro_batch_size=12 train.num_data_workers=1 train.eval_every=null", 2),
         ("parallel=fsdp train.micro_batch_size=4", 3),
         ("parallel=hsdp parallel.shard_size=2 train.micro_batch_size=6", 4),
@@ -92,6 +93,30 @@ def test_a_run_that_began_on_four_ranks_with_fsdp_ends_on_three_with_ddp(tmp_pat
     assert again.result["validation"] == pytest.approx(straight.result["validation"], rel=1e-5)
     (event,) = [line for line in again.lines("event") if line["event"] == "resume"]
     assert event["notes"] == ["saved on 4 ranks: dropout and the like draw new random numbers on 3"]
+
+
+def test_a_run_goes_on_in_another_precision_and_says_what_is_added_or_left_out(tmp_path: Path) -> None:
+    options = ("job.dropout=0", "train.micro_batch_size=12", "train.eval_every=null", "schedule.decay=constant")
+    straight = launch(tmp_path, *BASE, *options)
+    scale = "precision.loss_scale.initial=256"
+    run = launch(tmp_path, *BASE, *options, "precision=fp16", scale, "train.max_steps=4")
+    assert run.code == 0, run.output
+    for precision, dtype, steps_in_all, note in (
+        ("bf16", "bfloat16", 7, "the loss scale (256) is left out: nothing is scaled now"),
+        ("fp16", "float16", 10, "the run was bfloat16 and had no loss scale: it starts at 256"),
+        ("fp32", "float32", 13, "the loss scale (256) is left out: nothing is scaled now"),
+        ("fp16", "float16", 16, "the run was float32 and had no loss scale: it starts at 256"),
+    ):
+        scaled = (scale,) if precision == "fp16" else ()
+        run = resume(run.directory, f"precision={precision}", *scaled, f"train.max_steps={steps_in_all}")
+        assert run.code == 0, run.output
+        event = [line for line in run.lines("event") if line["event"] == "resume"][-1]
+        assert event["notes"] == [note]
+        assert note in run.output
+        manifest = run.directory / "checkpoints" / f"step-{steps_in_all:08d}" / "manifest.json"
+        assert json.loads(manifest.read_text())["dtype"] == dtype
+    assert [line["samples"] for line in run.lines("train")] == [24 * step for step in range(1, 17)]
+    assert run.losses == pytest.approx(straight.losses, rel=1e-2)
 
 
 def test_a_global_batch_of_another_size_goes_on_with_the_next_sample(tmp_path: Path) -> None:
@@ -179,6 +204,14 @@ def test_a_checkpoint_of_another_model_is_refused_with_what_differs(tmp_path: Pa
     assert "Traceback" not in again.output
 
 
+def test_the_best_of_no_validation_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    run = launch(tmp_path, *STREAM, "checkpoint.keep_best=2", job="stream_job", workers=1)
+    assert run.code == 2
+    assert "checkpoint.keep_best=2, but Streaming.build_dataset('validation') returned None" in run.output
+    assert "Traceback" not in run.output
+    assert not (run.directory / "metrics.jsonl").exists()
+
+
 STREAM = ("+job._target_=stream_job.Streaming", *BASE[2:], "train.micro_batch_size=6", "train.eval_every=null")
 
 
@@ -196,7 +229,6 @@ def test_a_stream_with_a_state_is_taken_up_where_each_rank_was(tmp_path: Path) -
     [
         ("train.num_data_workers=1", "use train.num_data_workers=0"),
         ("train.max_steps=null train.max_epochs=1", "has no length: use train.max_steps"),
-        ("+job.stateless=true", "without state_dict and load_state_dict"),
     ],
 )
 def test_a_stream_that_could_not_be_taken_up_is_refused(tmp_path: Path, options: str, words: str) -> None:

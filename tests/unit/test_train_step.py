@@ -231,3 +231,18 @@ def test_a_batch_keeps_its_form_on_its_way_to_the_device() -> None:
     assert moved["b"].left.is_meta
     assert moved["b"].right[0].is_meta
     assert moved["b"].right[1] == 3
+
+
+class NormsInBrainFloat(UnevenJob):
+    """What a norm's weights are in a forward pass under fsdp with 16 bits."""
+
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(nn.LayerNorm(3).bfloat16(), nn.Linear(3, 1))
+
+
+def test_a_norm_that_cpus_refuse_is_told_what_to_be_given() -> None:
+    learner = learner_for(NormsInBrainFloat())
+    with pytest.raises(RuntimeError, match="mixed dtype") as caught:
+        train_step(learner, cut(uneven_samples(8), 8), stop=False)
+    (note,) = caught.value.__notes__
+    assert "norm(x.to(norm.weight.dtype))" in note
