@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from functools import cached_property, partial
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from launcher.compression.codecs import Half
 from launcher.compression.exchange import Sizes
-from launcher.compression.links import Pending, Team
-from launcher.compression.pipeline import Chunk, Pipeline
+from launcher.compression.links import Team
+from launcher.compression.pipeline import Chunk, Course, Pipeline
 from launcher.compression.reduction import Reduction
 from launcher.compression.terms import StepTerms
 
@@ -38,7 +38,8 @@ class BackendSum:
         """The chunks' way."""
         numel = self._piece * (self.team.size + 1)
         dtype, device = self._codec.dtype, self.team.device
-        return Pipeline(torch.empty(numel, dtype=dtype, device=device) for _ in range(self._num_slots))
+        slots = (torch.empty(numel, dtype=dtype, device=device) for _ in range(self._num_slots))
+        return Pipeline(slots, waits_aside=device.type != "cuda")
 
     @cached_property
     def _workspace(self) -> Tensor:
@@ -57,21 +58,21 @@ class BackendSum:
             last = min(first + self._piece, job.shard)
             yield partial(self._reduce_scatter, shards[:, first:last], job.target[first:last], job.terms)
 
-    def _reduce(self, source: Tensor, target: Tensor, terms: StepTerms, slot: Tensor) -> Generator[Pending, None, None]:
+    def _reduce(self, source: Tensor, target: Tensor, terms: StepTerms, slot: Tensor) -> Course:
         encoded = slot[: source.numel()]
         self._encode(source, encoded, terms)
         yield self.team.all_reduce(encoded)
         target.copy_(encoded)
+        return ()
 
-    def _reduce_scatter(
-        self, source: Tensor, target: Tensor, terms: StepTerms, slot: Tensor
-    ) -> Generator[Pending, None, None]:
+    def _reduce_scatter(self, source: Tensor, target: Tensor, terms: StepTerms, slot: Tensor) -> Course:
         """``source``: (size, p), rows of which each rank gets the mean of its own."""
         encoded = slot[: source.numel()]
         mean = slot[source.numel() :][: target.numel()]
         self._encode(source, encoded, terms)
         yield self.team.reduce_scatter(mean, encoded)
         target.copy_(mean)
+        return ()
 
     def _encode(self, source: Tensor, out: Tensor, terms: StepTerms) -> None:
         values = self._workspace[: source.numel()]

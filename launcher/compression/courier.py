@@ -8,18 +8,16 @@ the host only enqueues.
 from __future__ import annotations
 
 import atexit
-import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from launcher.compression.links import Pending
-from launcher.compression.pipeline import Chunk, Pipeline
+from launcher.compression.pipeline import Chunk, Course, Pipeline
 
 __all__ = ["Courier", "Errand", "build_courier"]
 
@@ -46,12 +44,13 @@ class Errand:
         return [self._counted(chunk) for chunk in self.chunks]
 
     def _counted(self, chunk: Chunk) -> Chunk:
-        def course(slot: Any) -> Generator[Pending, None, None]:
-            yield from chunk(slot)
+        def course(slot: Any) -> Course:
+            sent = yield from chunk(slot)
             self._left -= 1
             if not self._left:
                 self.finish()
                 self.future.set_result(self.result)
+            return sent
 
         return course
 
@@ -90,53 +89,56 @@ class _StreamCourier:
 class _ThreadCourier:
     """In a thread that is started with the first errand, and ends before the interpreter does."""
 
-    def __init__(self, pipeline: Callable[[], Pipeline[Any]]) -> None:
-        self._make_pipeline = pipeline
-        self._errands: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
+    def __init__(self, make_pipeline: Callable[[], Pipeline[Any]]) -> None:
+        self._make_pipeline = make_pipeline
+        self._pipeline: Pipeline[Any] | None = None
         self._thread: threading.Thread | None = None
 
     def take(self, errand: Errand) -> Any:
         """Hand over to the thread."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="gradient-courier", daemon=True)
+        if self._pipeline is None:
+            self._pipeline = self._make_pipeline()
+            self._thread = threading.Thread(target=self._work, args=(self._pipeline,), daemon=True)
+            self._thread.name = "gradient-courier"
             self._thread.start()
             atexit.register(self._stop)
         errand.future = _Future()
-        self._errands.put(errand)
+        self._pipeline.inbox.put(errand)
         return errand.future
 
     def _stop(self) -> None:
         """A thread that wakes while the interpreter is taken down ends the process with an abort."""
         assert self._thread is not None
-        self._errands.put(None)
+        assert self._pipeline is not None
+        self._pipeline.inbox.put(None)
         self._thread.join(_STOP_SECONDS)
 
-    def _work(self) -> None:
+    def _work(self, pipeline: Pipeline[Any]) -> None:
         """Until the process ends; after a failure every errand fails in the same way."""
         taken: list[Errand] = []
         try:
-            self._run(self._make_pipeline(), taken)
+            self._run(pipeline, taken)
         except BaseException as failure:  # told to whoever waits for a future: backward
             while True:
                 for errand in taken:
                     if not errand.future.done():
                         errand.future.set_exception(failure)
-                following = self._errands.get()
+                following = pipeline.inbox.get()
                 if following is None:
                     return
-                taken = [following]
+                taken = [following] if isinstance(following, Errand) else []
 
     def _run(self, pipeline: Pipeline[Any], taken: list[Errand]) -> None:
-        """Look for new errands before waiting for chunks under way; adds those not yet done to ``taken``."""
+        """Wait for errands and arrivals alike; start what there is room for. Adds errands not yet done to ``taken``."""
         chunks: deque[Chunk] = deque()
         while True:
-            while not self._errands.empty() or (pipeline.is_idle and not chunks):
-                errand = self._errands.get()
-                if errand is None:
-                    return
-                taken[:] = [other for other in taken if not other.future.done()] + [errand]
-                chunks.extend(errand.counted())
-            if chunks and pipeline.has_room:
-                pipeline.start(chunks.popleft())
+            following = pipeline.inbox.get()
+            if following is None:
+                return
+            if isinstance(following, Errand):
+                taken[:] = [other for other in taken if not other.future.done()] + [following]
+                chunks.extend(following.counted())
             else:
-                pipeline.advance()
+                pipeline.advance(following)
+            while chunks and pipeline.has_room:
+                pipeline.start(chunks.popleft())

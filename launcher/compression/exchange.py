@@ -14,7 +14,7 @@ costs the backend a good part of a millisecond; arithmetic goes through them in 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
@@ -25,7 +25,7 @@ from torch import Tensor
 from launcher.compression.codecs import Codec
 from launcher.compression.feedback import Feedback
 from launcher.compression.links import Parcel, Pending, Team
-from launcher.compression.pipeline import Chunk, Pipeline
+from launcher.compression.pipeline import Chunk, Course, Pipeline
 from launcher.compression.reduction import Reduction
 from launcher.compression.terms import StepTerms
 
@@ -105,7 +105,8 @@ class Exchange:
     @cached_property
     def pipeline(self) -> Pipeline[_Slot]:
         """The chunks' way; its buffers are made when they are first needed."""
-        return Pipeline(_Slot(self._piece, self.codec, self.team) for _ in range(self._num_slots))
+        slots = (_Slot(self._piece, self.codec, self.team) for _ in range(self._num_slots))
+        return Pipeline(slots, waits_aside=self.team.device.type != "cuda")
 
     @cached_property
     def _workspace(self) -> Tensor:
@@ -123,9 +124,7 @@ class Exchange:
             last = min(first + piece, reduction.shard)
             yield partial(self._start, reduction, first, last, next(self._numbers))
 
-    def _start(
-        self, reduction: Reduction, first: int, last: int, number: int, slot: _Slot
-    ) -> Generator[Pending, None, None]:
+    def _start(self, reduction: Reduction, first: int, last: int, number: int, slot: _Slot) -> Course:
         return self._course(_Chunk(reduction, first, last, number, slot))
 
     def _padded(self, numel: int) -> int:
@@ -151,32 +150,30 @@ class Exchange:
     def _tag(self, chunk: _Chunk, stage: int, host: int = 0) -> int:
         return ((chunk.number * 4 + stage) * self.team.grid.num_hosts + host) % _LARGEST_TAG
 
-    def _course(self, chunk: _Chunk) -> Generator[Pending, None, None]:
+    def _course(self, chunk: _Chunk) -> Course:
         """A chunk's way, from here to there and back."""
         grid, job = self.team.grid, chunk.job
-        under_way: list[Pending] = []
+        sent: list[Pending] = []
 
-        def posted(pending: Pending, is_last: bool = False) -> Pending:
-            pending.is_last = is_last
-            under_way.append(pending)
+        def posted(pending: Pending) -> Pending:
+            sent.append(pending)
             return pending
 
         if grid.ranks_per_host > 1:
             yield posted(self._send_within_host(chunk))
-        yield posted(self._scatter(chunk), is_last=not job.gathers)
+        yield posted(self._scatter(chunk))
         if not job.gathers:
             for first, last, mean in self._means(chunk):
                 job.target[chunk.first + first : chunk.first + last] = mean[: last - first]
         else:
-            yield posted(self._gather(chunk), is_last=grid.ranks_per_host == 1)
+            yield posted(self._gather(chunk))
             self._read_means(chunk, grid.place)
             if grid.ranks_per_host > 1:
-                yield posted(self._share(chunk), is_last=True)
+                yield posted(self._share(chunk))
                 for place in range(grid.ranks_per_host):
                     if place != grid.place:
                         self._read_means(chunk, place)
-        for pending in under_way:
-            pending.release()
+        return sent
 
     def _send_within_host(self, chunk: _Chunk) -> Pending:
         grid = self.team.grid

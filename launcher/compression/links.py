@@ -87,8 +87,6 @@ class Pending:
     def __init__(self, received: Sequence[dist.Work], sent: Sequence[dist.Work]) -> None:
         self._received = received
         self._sent = sent
-        self.is_last = False
-        """Whether nothing more is sent for its chunk once this has arrived."""
 
     def wait(self) -> None:
         """Until everything has arrived (on CUDA: makes the current stream wait)."""

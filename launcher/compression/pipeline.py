@@ -1,87 +1,131 @@
 """Many chunks under way at once, so that the link is busy while the arithmetic is done.
 
 A chunk is a generator: it yields whatever it waits for, and is resumed when that has arrived. A pipeline starts
-chunks in order as long as it has a slot (a set of buffers) for one more, and otherwise resumes the oldest that has
-still something to send, or else the oldest.
+chunks in order as long as it has a slot (a set of buffers) for one more, and otherwise takes whichever chunk can go on.
 
-Ranks start chunks at different times, and whoever waits starts nothing. So nobody may wait for a chunk that another
-rank has perhaps not begun while an older one, for which that rank perhaps waits, has something left to send.
+Nothing on CPUs waits for a chosen chunk: ranks start chunks at different times, so that two could wait for each other's
+for ever. Each slot has a thread that waits for what its chunk has under way, and says so. On CUDA waiting is only
+enqueued: chunks go on in the order in which they have sent, the same on every rank.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from launcher.compression.links import Pending
 
-__all__ = ["Chunk", "Pipeline"]
+__all__ = ["Chunk", "Course", "Flight", "Pipeline"]
 
 Slot = TypeVar("Slot")
-Chunk = Callable[[Any], Generator[Pending, None, None]]
+Course = Generator[Pending, None, Sequence[Pending]]
+"""Yields what it waits for; returns all that it has sent, once its result is there."""
+Chunk = Callable[[Any], Course]
 """Called with its slot."""
 
 
 @dataclass
-class _Flight(Generic[Slot]):
-    """A chunk that has begun and not ended."""
+class Flight:
+    """A slot, and the chunk under way in it."""
 
-    course: Generator[Pending, None, None]
-    slot: Slot
-    awaited: Pending | None = None
+    slot: Any
+    course: Course | None = None
+    awaited: Sequence[Pending] = ()
+    """What must arrive before it goes on; when its course has ended, what must have left before the slot is free."""
+    failure: BaseException | None = None
+    _tasks: SimpleQueue[Callable[[], None]] = field(default_factory=SimpleQueue)
+    _thread: threading.Thread | None = None
 
-    @property
-    def has_sent_all(self) -> bool:
-        return self.awaited is not None and self.awaited.is_last
+    def wait(self) -> None:
+        """For what is awaited."""
+        for pending in self.awaited:
+            pending.wait() if self.course is not None else pending.release()
+
+    def wait_aside(self, then: Callable[[Flight], None]) -> None:
+        """Wait in a thread, which calls ``then``."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="gradient-arrivals", daemon=True)
+            self._thread.start()
+        self._tasks.put(lambda: self._wait_and(then))
+
+    def _work(self) -> None:
+        while True:
+            self._tasks.get()()
+
+    def _wait_and(self, then: Callable[[Flight], None]) -> None:
+        try:
+            self.wait()
+        except BaseException as failure:  # raised where the chunk would have gone on
+            self.failure = failure
+        then(self)
 
 
 class Pipeline(Generic[Slot]):
     """Runs chunks over a fixed number of slots.
 
     All ranks of a team must run the same chunks in the same order.
+
+    Args:
+        slots: the buffers.
+        waits_aside: whether waiting blocks, so that threads do it (CPUs).
     """
 
-    def __init__(self, slots: Iterable[Slot]) -> None:
-        self._slots = deque(slots)
-        self._flights: deque[_Flight[Slot]] = deque()
+    def __init__(self, slots: Iterable[Slot], waits_aside: bool) -> None:
+        self._free = deque(Flight(slot) for slot in slots)
+        self._num_slots = len(self._free)
+        self._waits_aside = waits_aside
+        self.inbox: SimpleQueue[Any] = SimpleQueue()
+        """Flights that can go on. Who runs the pipeline may have other things put there, to wait for both."""
 
     @property
     def has_room(self) -> bool:
         """Whether one more chunk can start."""
-        return bool(self._slots)
+        return bool(self._free)
 
     @property
     def is_idle(self) -> bool:
         """Whether no chunk is under way."""
-        return not self._flights
+        return len(self._free) == self._num_slots
 
     def start(self, chunk: Chunk) -> None:
         """Begin a chunk; there must be room."""
-        slot = self._slots.popleft()
-        flight = _Flight(chunk(slot), slot)
-        self._flights.append(flight)
+        flight = self._free.popleft()
+        flight.course = chunk(flight.slot)
         self._resume(flight)
 
-    def advance(self) -> None:
-        """Wait for one chunk and take it a stage further."""
-        flight = min(self._flights, key=lambda each: each.has_sent_all)  # the first of the least
-        assert flight.awaited is not None
-        flight.awaited.wait()
-        self._resume(flight)
+    def advance(self, flight: Flight) -> None:
+        """Take a chunk from the inbox a stage further."""
+        if not self._waits_aside:
+            flight.wait()
+        if flight.failure is not None:
+            raise flight.failure
+        if flight.course is None:
+            flight.awaited = ()
+            self._free.append(flight)
+        else:
+            self._resume(flight)
 
     def run(self, chunks: Iterable[Chunk]) -> None:
         """All of them, to the end."""
         for chunk in chunks:
             while not self.has_room:
-                self.advance()
+                self.advance(self.inbox.get())
             self.start(chunk)
         while not self.is_idle:
-            self.advance()
+            self.advance(self.inbox.get())
 
-    def _resume(self, flight: _Flight[Slot]) -> None:
-        flight.awaited = next(flight.course, None)
-        if flight.awaited is None:
-            self._flights.remove(flight)
-            self._slots.append(flight.slot)
+    def _resume(self, flight: Flight) -> None:
+        assert flight.course is not None
+        try:
+            flight.awaited = (next(flight.course),)
+        except StopIteration as end:
+            flight.course = None
+            flight.awaited = end.value
+        if self._waits_aside:
+            flight.wait_aside(self.inbox.put)
+        else:
+            self.inbox.put(flight)
