@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launcher.checkpoint.files import file_digest
 from launcher.checkpoint.judging import NotNowError, Problem, judging
-from launcher.checkpoint.manifest import MANIFEST, DamagedError, Manifest
+from launcher.checkpoint.manifest import MANIFEST, MAXIMUM_BYTES, DamagedError, Manifest
 from launcher.checkpoint.safety import writable_by_others
 from launcher.config.schema import Verify
 
@@ -37,9 +37,14 @@ class Checkpoint:
         """
         path = self.path / MANIFEST
         try:
+            found = os.lstat(path)
+            if not stat.S_ISREG(found.st_mode):  # to open a pipe would wait for ever
+                raise DamagedError(f"{MANIFEST} is not a regular file")
+            if found.st_size > MAXIMUM_BYTES:
+                raise DamagedError(f"{MANIFEST} has {found.st_size} bytes, which none has")
             data = path.read_bytes()
         except OSError as error:
-            kind = DamagedError if isinstance(error, FileNotFoundError) else NotNowError
+            kind = DamagedError if isinstance(error, (FileNotFoundError, NotADirectoryError)) else NotNowError
             raise kind(f"{MANIFEST} cannot be read ({error.strerror})") from error
         manifest = Manifest.parse(data)
         if manifest.step != self.step:
@@ -63,7 +68,8 @@ class Checkpoint:
         """Raises DamagedError unless exactly the files of the manifest are there, with their sizes; reads none."""
         if not trust_shared:
             for folder in (self.path, self.path.parent, self.path.parent.parent):  # the run's own, the last
-                _refuse_shared(folder)
+                for each in dict.fromkeys((folder, folder.resolve())):  # a link, and what it leads to
+                    _refuse_shared(each)
         expected = self.manifest.files
         there = set(os.listdir(self.path)) - {MANIFEST}
         if missing := sorted(set(expected) - there):

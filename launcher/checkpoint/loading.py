@@ -6,6 +6,7 @@ metadata by ``layout``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,7 @@ def read_tensors(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
             (plan,) = planner.create_global_plan([plan])
             reader.read_data(planner.finish_plan(plan), planner).wait()
     except Exception as error:  # torch's own; a file of the right size may hold anything
-        raise CheckpointError(f"{checkpoint.path} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{checkpoint.path} cannot be loaded: {_words(error)}") from error
 
 
 def rank_file(rank: int) -> str:
@@ -111,11 +112,16 @@ def read_private(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be loaded: {_words(error)}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} cannot be loaded: it does not hold what a rank saves.")
     return found
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def _words(error: Exception) -> str:
+    """torch's, but for those that say how to load what could run code all the same."""
+    text = str(error).strip()
+    if "Weights only load failed" in text:
+        named = re.search(r"GLOBAL (\S+)", text)
+        return f"it holds {named[1] if named else 'something'}, which no checkpoint needs and which could run code"
+    return text.split("\n")[0] or type(error).__name__

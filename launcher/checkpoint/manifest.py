@@ -8,16 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-__all__ = ["MANIFEST", "DamagedError", "FileRecord", "Manifest", "is_safe_name"]
+__all__ = [
+    "MANIFEST",
+    "MAXIMUM_BYTES",
+    "DamagedError",
+    "FileRecord",
+    "Manifest",
+    "is_count",
+    "is_number",
+    "is_safe_name",
+]
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
 _DIGEST_KEY = "sha256_of_this_file"
-_MAXIMUM_BYTES = 256 * 2**20
+MAXIMUM_BYTES = 256 * 2**20
+"""No manifest is larger."""
+_SHOWN = 60
 
 
 class DamagedError(Exception):
@@ -105,20 +118,69 @@ class Manifest:
         expected = {one.name for one in fields(cls)}
         if set(content) != expected:
             raise DamagedError(f"{MANIFEST} lacks or adds entries: {sorted(set(content) ^ expected)}")
-        for name in ("step", "applied_steps", "samples", "world_size"):
-            if type(content[name]) is not int or content[name] < 0:
-                raise DamagedError(f"{MANIFEST}: {name}={content[name]!r} is not a count")
+        for name, (fits, what) in _FIELDS.items():
+            if not fits(content[name]):
+                raise DamagedError(f"{MANIFEST}: {name}={_shown(content[name])} is not {what}")
         files = content["files"]
-        if not isinstance(files, dict) or not isinstance(content["state"], dict):
-            raise DamagedError(f"{MANIFEST}: files and state must be objects")
         records = {}
         for name, record in files.items():
             if not is_safe_name(name):
                 raise DamagedError(f"{MANIFEST} names a file that is not in the checkpoint's own folder: {name!r}")
-            if not isinstance(record, dict) or set(record) != {"size", "sha256"} or type(record["size"]) is not int:
+            if not isinstance(record, dict) or set(record) != {"size", "sha256"} or not is_count(record["size"]):
                 raise DamagedError(f"{MANIFEST}: {name!r} has no size and digest")
             records[name] = FileRecord(record["size"], str(record["sha256"]))
         return cls(**{**content, "files": records})
+
+
+def is_count(value: object) -> bool:
+    """Whether ``value`` is a whole number that a tensor of 64 bits holds, and not below 0."""
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite number that a tensor holds."""
+    return (type(value) is int and abs(value) < 2**63) or (type(value) is float and math.isfinite(value))
+
+
+def _is_number_or_none(value: object) -> bool:
+    return value is None or is_number(value)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _holds(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "step": (is_count, "a count"),
+    "applied_steps": (is_count, "a count"),
+    "samples": (is_count, "a count"),
+    "world_size": (lambda value: is_count(value) and value != 0, "a number of ranks"),
+    "strategy": (_is_text, "a word"),
+    "dtype": (_is_text, "a word"),
+    "config_digest": (_is_text, "a word"),
+    "loss_scale": (_holds(lambda value: type(value) in (int, float)), "an object of numbers"),
+    "loss": (_is_number_or_none, "a number or null"),
+    "validation": (lambda value: value is None or _holds(is_number)(value), "null or an object of numbers"),
+    "best": (_is_number_or_none, "a number or null"),
+    "state": (_is_object, "an object"),
+    "aliases": (_holds(_is_text), "an object of names"),
+    "created": (is_number, "a time"),
+    "files": (_is_object, "an object"),
+}
+"""What each field must be; what ``state`` holds is the training loop's to judge."""
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def is_safe_name(name: object) -> bool:

@@ -27,9 +27,9 @@ __all__ = ["CheckpointStore", "Found"]
 
 _log = logging.getLogger(__name__)
 
-_COMMITTED = re.compile(r"step-(\d{8,})")
-_PARTIAL = re.compile(r"step-\d{8,}\.partial")
-_ASIDE = re.compile(r"step-(\d{8,})\.set-aside-[0-9a-f]{4}")
+_COMMITTED = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
+_PARTIAL = re.compile(r"step-[0-9]{8,}\.partial")
+_ASIDE = re.compile(r"step-([0-9]{8,})\.set-aside-[0-9a-f]{4}")
 
 
 @dataclass(frozen=True)

@@ -259,7 +259,7 @@ def _is_running(pid: int) -> bool:
 def _log_to(path: Path) -> Iterator[None]:
     """The elastic agent's own log goes to a file: on the console it would bury what matters."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, delay=True)
+    handler = _Log(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     loggers = [logger for name, logger in logging.root.manager.loggerDict.items() if _is_elastic(name, logger)]
     before = [(logger, logger.handlers, logger.propagate) for logger in loggers if isinstance(logger, logging.Logger)]
@@ -270,7 +270,15 @@ def _log_to(path: Path) -> Iterator[None]:
     finally:
         for logger, handlers, propagate in before:
             logger.handlers, logger.propagate = handlers, propagate
-        handler.close()
+        with suppress(OSError):
+            handler.close()
+
+
+class _Log(logging.FileHandler):
+    """A file that a full disk may cut short: the workers say what has become of the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
+        """Nothing."""
 
 
 def _is_elastic(name: str, logger: object) -> bool:

@@ -9,6 +9,7 @@ import importlib.resources
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -218,6 +219,25 @@ def _hydra_environment(argv: Sequence[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before_full
 
 
+def _first_reason(message: str) -> str:
+    """Of what Hydra's parser says, the line that says something."""
+    if message.startswith("LexerNoViableAltException"):
+        return "it has characters that a plain value must not have"
+    lines = [line.strip() for line in message.splitlines()]
+    return next(
+        (line for line in lines if line and not line.startswith(("Error parsing", "See "))), "it cannot be read"
+    )
+
+
+def _quoted(override: str) -> str:
+    """How to write a value that Hydra's grammar would not take as it is."""
+    key, equals, value = override.partition("=")
+    if not equals or set(value) & set("\"'[]{}\\"):
+        return ""
+    quoted = shlex.quote(f'{key}="{value}"')
+    return f" A value with other characters than Hydra's goes in quotes: {quoted}."
+
+
 def _explained(error: Exception) -> ConfigurationError:
     """Hydra's and OmegaConf's exceptions as one message that names the value and what to do."""
     if isinstance(error, MissingConfigException) and error.options:
@@ -225,9 +245,9 @@ def _explained(error: Exception) -> ConfigurationError:
         valid = ", ".join(error.options)
         return ConfigurationError(f"{group}={option} does not exist.{nearest(option, error.options)} Valid: {valid}.")
     if isinstance(error, OverrideParseException):
-        reason = error.message.splitlines()[1] if "\n" in error.message else error.message
         return ConfigurationError(
-            f"{error.override!r} is not an override ({reason.strip()}): write key=value, +experiment=NAME, or a flag."
+            f"{error.override!r} is not an override ({_first_reason(error.message)}): write key=value, "
+            f"+experiment=NAME, or a flag.{_quoted(str(error.override))}"
         )
     chain: list[BaseException] = [error]
     # Hydra raises some of its exceptions while it handles OmegaConf's, without naming that as the cause.

@@ -166,7 +166,7 @@ class RunCheckpoints:
 
     def _is_best(self, validation: dict[str, float] | None) -> bool:
         value = (validation or {}).get(self.config.best_metric)
-        if value is None or math.isnan(value):
+        if value is None or not math.isfinite(value):
             return False
         sign = 1 if self.config.best_mode is BestMode.min else -1
         if self.best is not None and sign * value >= sign * self.best.value:

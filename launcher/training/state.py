@@ -5,6 +5,7 @@ Everything by the parameter's name, so that it fits any strategy and any number 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,17 @@ from launcher.precision import DynamicLossScale
 from launcher.training import generators, optimizer_state
 from launcher.training.batches import Data
 from launcher.training.step import Learner
+
+_PRIVATE = {
+    "random": dict,
+    "buffers": dict,
+    "extra": dict,
+    "data": dict,
+    "job": dict,
+    "wire": dict,
+    "optimizer_groups": list,
+}
+"""What every rank's own file has."""
 
 __all__ = ["aliases", "private_state", "restore", "shared_tensors"]
 
@@ -129,13 +141,16 @@ def _require_same_model(checkpoint: Checkpoint, targets: dict[str, Tensor], fact
 def _restore_loss_scale(learner: Learner, saved: dict[str, Any], saved_dtype: str, notes: list[str]) -> None:
     scaled = isinstance(learner.loss_scale, DynamicLossScale)
     if scaled and saved:
-        learner.loss_scale.load_state_dict(saved)
+        try:
+            learner.loss_scale.load_state_dict(saved)
+        except ValueError as error:
+            raise CheckpointError(f"The checkpoint cannot be loaded: {error}.") from error
     elif scaled:
         notes.append(
             f"the run was {saved_dtype} and had no loss scale: it starts at {float(learner.loss_scale.scale):g}"
         )
     elif saved:
-        notes.append(f"the loss scale ({saved['scale']:g}) is left out: nothing is scaled now")
+        notes.append(f"the loss scale ({saved.get('scale', math.nan):g}) is left out: nothing is scaled now")
 
 
 def _restore_private(
@@ -144,11 +159,19 @@ def _restore_private(
     saved_world_size = checkpoint.manifest.world_size
     same = saved_world_size == world_size
     own = read_private(checkpoint, rank if same else 0)
+    if any(not isinstance(own.get(name), kind) for name, kind in _PRIVATE.items()):
+        raise CheckpointError(f"{checkpoint.path} cannot be loaded: a rank's own file does not hold what a rank saves.")
     if own["data"] and not same:
         raise JobError(
             f"{checkpoint.path} was saved on {saved_world_size} ranks and these are {world_size}: the training data is "
             "an IterableDataset, whose state is that of each rank alone. "
             f"Go on with {saved_world_size} ranks, or use a map-style dataset."
+        )
+    if gone := sorted(own["extra"].keys() - _extra_state(learner.model.module).keys()):
+        raise CheckpointError(
+            f"{checkpoint.path} is not of this model: it has the extra state of "
+            f"{optimizer_state.listed(name or 'the model itself' for name in gone)}, where "
+            "the model has none. Start a new run for another model, or undo the change."
         )
     for name, value in own["extra"].items():
         learner.model.module.get_submodule(name).set_extra_state(value)
@@ -162,7 +185,7 @@ def _restore_private(
         buffers = _persistent_buffers(learner.model.module)
         for name, value in own["buffers"].items():
             local_part(buffers[name]).copy_(local_part(value))
-    optimizer_state.load_groups(learner, own.get("optimizer_groups", []), checkpoint.manifest.state["optimizer"], notes)
+    optimizer_state.load_groups(learner, own["optimizer_groups"], checkpoint.manifest.state["optimizer"], notes)
     learner.model.wire.load_state_dict(lambda which: read_private(checkpoint, which)["wire"], saved_world_size)
     if same:  # last: the user's code above may draw
         generators.set_state(own["random"], learner.device)

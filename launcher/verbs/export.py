@@ -72,7 +72,9 @@ def _parser() -> VerbParser:
 def _check_target(target: Path, force: bool) -> None:
     if target.is_dir() or not target.name:
         raise RequestError(f"{target} is a folder: name a file in it, such as {target / 'model.safetensors'}.")
-    if target.exists() and not force:
+    if target.exists() and not target.is_file():
+        raise RequestError(f"{target} is neither a file nor a folder, and is not replaced: name a file.")
+    if os.path.lexists(target) and not force:
         raise RequestError(f"{target} is there already: name another file, or replace it with --force.")
     if not os.access(target.parent, os.W_OK):
         raise RequestError(f"{target} cannot be written: {target.parent} is no folder that you can write to.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -156,9 +157,14 @@ def test_an_older_checkpoint_and_another_type_can_be_asked_for(start: Start, tra
 def test_wrong_requests_get_one_message_and_write_nothing(start: Start, trained: Path, tmp_path: Path) -> None:
     there = tmp_path / "there.safetensors"
     there.write_text("mine")
+    pipe, dangling = tmp_path / "pipe", tmp_path / "dangling"
+    os.mkfifo(pipe)
+    dangling.symlink_to("nowhere")
     for arguments, message in (
         (["export", "mine", str(there)], "is there already: name another file, or replace it with --force"),
         (["export", "mine", str(tmp_path)], "is a folder"),
+        (["export", "mine", str(pipe), "--force"], "is neither a file nor a folder, and is not replaced"),
+        (["export", "mine", str(dangling)], "is there already"),
         (["export", "mine", str(tmp_path / "no" / "out")], "is no folder that you can write to"),
         (["export", "other", str(tmp_path / "out")], "There is no run 'other'"),
         (["export", "mine", str(tmp_path / "out"), "--step", "3"], "There are those of step 8, 9."),
@@ -170,7 +176,9 @@ def test_wrong_requests_get_one_message_and_write_nothing(start: Start, trained:
         assert message in command.errors
         assert "Traceback" not in command.errors
     assert there.read_text() == "mine"
-    assert list(tmp_path.iterdir()) == [there]
+    assert sorted(tmp_path.iterdir()) == [dangling, pipe, there]
+    assert pipe.is_fifo()
+    assert dangling.is_symlink()
     command = start(["export", "mine", str(there), "--force"], trained)
     assert command.wait() == 0, command.errors
     assert there.stat().st_size > 100

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from launcher.checkpoint import Checkpoint, CheckpointStore, Manifest
 from launcher.checkpoint.files import WriteFailedError, writing
-from launcher.checkpoint.manifest import DamagedError, FileRecord, is_safe_name
+from launcher.checkpoint.manifest import DamagedError, FileRecord, _canonical, is_safe_name
 from launcher.checkpoint.safety import writable_by_others
 from launcher.checkpoint.store import Found
 from launcher.config.schema import Verify
@@ -86,6 +88,29 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: (path / "manifest.json").write_bytes((path.parent / "step-00000010/manifest.json").read_bytes()),
         "manifest.json is that of step 10",
     ),
+    "a pipe for a file": (
+        lambda path: ((path / "rank-0.pt").unlink(), os.mkfifo(path / "rank-0.pt")),
+        "rank-0.pt is not a regular file",
+    ),
+    "a pipe for the manifest": (
+        lambda path: ((path / "manifest.json").unlink(), os.mkfifo(path / "manifest.json")),
+        "manifest.json is not a regular file",
+    ),
+    "a manifest without end": (
+        lambda path: os.truncate(path / "manifest.json", 2**40),
+        "manifest.json has 1099511627776 bytes, which none has",
+    ),
+    "a file for the folder": (
+        lambda path: (path.rename(path.with_name("moved")), path.touch()),
+        "manifest.json cannot be read (Not a directory)",
+    ),
+    "a link to a shared folder": (
+        lambda path: (
+            path.rename(path.with_name("moved")).chmod(0o777),
+            path.symlink_to("moved"),
+        ),
+        "moved can be written by every user",
+    ),
     "shared file": (lambda path: (path / "rank-0.pt").chmod(0o666), "rank-0.pt can be written by every user"),
     "shared folder": (lambda path: path.chmod(0o775), "can be written by its group"),
 }
@@ -105,6 +130,61 @@ def test_a_damaged_checkpoint_is_named_with_its_reason_and_the_one_before_it_tak
     ((path, problem),) = found.passed_over
     assert path == newer.path
     assert words in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step", "20"),
+        ("applied_steps", 10**30),
+        ("samples", -1),
+        ("samples", True),
+        ("world_size", 0),
+        ("strategy", 3),
+        ("loss_scale", [1]),
+        ("loss_scale", {"scale": "x"}),
+        ("loss", "x"),
+        ("best", float("inf")),
+        ("validation", [1, 2]),
+        ("validation", {"loss": None}),
+        ("validation", {"loss": 10**400}),
+        ("aliases", {"a": 5}),
+        ("state", None),
+        ("created", "now"),
+        ("files", []),
+        ("files", {"rank-0.pt": {"size": -1, "sha256": ""}}),
+        ("files", {"../config.yaml": {"size": 1, "sha256": ""}}),
+    ],
+    ids=str,
+)
+def test_a_manifest_of_wrong_types_is_refused_whatever_its_digest(
+    store: CheckpointStore, field: str, value: object
+) -> None:
+    content = json.loads(save(store, 20).manifest.render())
+    del content["sha256_of_this_file"]
+    content[field] = value
+    content["sha256_of_this_file"] = hashlib.sha256(_canonical(content)).hexdigest()
+    with pytest.raises(DamagedError, match=field if field != "files" else r"files|rank-0\.pt|config\.yaml"):
+        Manifest.parse(_canonical(content))
+
+
+def test_only_a_steps_own_name_is_that_of_a_checkpoint(store: CheckpointStore) -> None:
+    checkpoint = save(store, 20)
+    for name in ("step-000000020", "step-20", "step-0000002\u0660", "step-00000020 ", "step-00000020.old"):
+        shutil.copytree(checkpoint.path, store.directory / name)
+    assert store.candidates() == [checkpoint]
+
+
+def test_a_checkpoint_that_was_moved_and_linked_to_is_one_and_can_be_pruned(store: CheckpointStore) -> None:
+    older = save(store, 10)
+    moved = older.path.rename(store.directory.parent / "another disk")
+    older.path.symlink_to(moved)
+    assert older.problem(Verify.full) is None
+    save(store, 20)
+    assert store.prune(1, 0, "loss", highest=False) == [older.path]
+    assert [path.name for path in store.directory.iterdir()] == ["step-00000020"]
+    assert moved.exists()
+    save(store, 10)
 
 
 def test_verifying_sizes_reads_no_data_and_so_does_not_see_a_flipped_bit(store: CheckpointStore) -> None:

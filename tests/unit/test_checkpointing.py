@@ -81,6 +81,8 @@ def test_the_clock_of_the_first_rank_asks_and_one_request_is_one_checkpoint(tmp_
 def test_a_validation_that_is_the_best_so_far_is_saved(tmp_path: Path, mode: BestMode, best: list[int]) -> None:
     values = dict(enumerate([0.5, 0.9, 0.4, float("nan"), 0.1, 0.1], start=1))
     found = checkpoints(tmp_path, keep_best=1, best_mode=mode)
+    for infinite in (float("inf"), float("-inf")):  # nothing would ever be better
+        assert not found.due(0, None, {"loss": infinite})
     assert [step for step, value in values.items() if found.due(step, None, {"loss": value})] == best
     without = checkpoints(tmp_path, best_mode=mode)
     assert not any(without.due(step, None, {"loss": value}) for step, value in values.items())

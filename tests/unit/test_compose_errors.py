@@ -27,7 +27,9 @@ def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("train.max_steps=many", ["train.max_steps", "many"]),
         ("seed=null", ["seed"]),
         ("digits", ["'digits' is not an override", "+experiment=NAME"]),
-        ("seed=[1", ["seed=[1", "is not an override"]),
+        ("seed=[1", ["seed=[1", "is not an override", "no viable alternative"]),
+        ("run_dir=a=b", ["mismatched input '='", """goes in quotes: 'run_dir="a=b"'."""]),
+        ("run_dir=/tmp/r ü", ["must not have", """goes in quotes: 'run_dir="/tmp/r ü"'."""]),
         ("name=${nothing}", ["nothing"]),
     ],
 )
