@@ -23,6 +23,7 @@ from launcher.config.schema import RunConfig
 from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State, Status, read_json, write_json
 from launcher.rundir.find import all_runs
+from launcher.rundir.records import recording
 
 __all__ = ["check", "submit", "submit_sweep"]
 
@@ -48,9 +49,16 @@ class _Sent:
         if self.before is None:
             shutil.rmtree(run.path)
         else:
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)  # there may have been no room for it
             if not take_back(run, self.entry.attempt):
                 self.before.write(run.status)
+
+    def keep(self, why: str) -> None:
+        """It may have been submitted: what SLURM would start stays where it is."""
+        status = self.before or Status.read(self.entry.run.status)
+        status.now(State.resumable, reason=f"it is not known whether it was submitted: {why}").write(
+            self.entry.run.status
+        )
 
     def release(self) -> None:
         if self.entry.lock is not None:
@@ -151,40 +159,70 @@ def check(config: RunConfig) -> bool:
 
 def _prepared(config: RunConfig, entry: Entry, run_dir: str | None) -> _Sent:
     run = entry.run
-    run.submission.mkdir(exist_ok=True)
-    number = sum(path.is_dir() for path in run.submission.iterdir())
+    number = sum(path.is_dir() for path in run.submission.glob("*"))
     folder = run.submission / str(number)
-    folder.mkdir()
     status = Status.read(run.status)
     existed = run_dir is not None and (entry.attempt > 0 or number > 0)
     before = status.now(State.resumable, reason="could not be submitted again") if existed else None
-    return _Sent(config, entry, before, folder)
+    sent = _Sent(config, entry, before, folder)
+    with recording(run.path):
+        try:
+            folder.mkdir(parents=True)
+        except BaseException:
+            sent.undo()
+            sent.release()
+            raise
+    return sent
 
 
 def _send(group: Sequence[_Sent], folder: Path, command: Sequence[str]) -> list[str]:
     """Copy the project, submit, and write down what was sent; undo all of it if that fails."""
     config = group[0].config
     workdir = Path.cwd()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if config.cluster.snapshot:
-            workdir = folder / _CODE
-            take_snapshot(Path.cwd(), workdir, Path(config.runs_root), config.cluster.snapshot_limit_mib)
-        ids = batch.sbatch(config, folder, workdir, [sent.arguments() for sent in group])
-    except BaseException:
-        for sent in group:
-            sent.undo()
-        if folder.exists():
-            shutil.rmtree(folder)
-        raise
-    for sent, job_id in zip(group, ids, strict=True):
-        Status.read(sent.entry.run.status).now(State.submitted, job_id=job_id).write(sent.entry.run.status)
-        record = {"job_id": job_id, "command": shlex.join(command), "folder": str(Path.cwd()), "code": str(workdir)}
-        write_json(sent.folder / "request.json", {**record, "time": time.time()})
-        for script in folder.glob("*_submission.sh"):
-            if script.parent != sent.folder:
-                shutil.copy2(script, sent.folder)
+    ids: list[str] = []
+    with recording(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if config.cluster.snapshot:
+                workdir = folder / _CODE
+                take_snapshot(Path.cwd(), workdir, Path(config.runs_root), config.cluster.snapshot_limit_mib)
+            ids = batch.sbatch(config, folder, workdir, [sent.arguments() for sent in group])
+            for sent, job_id in zip(group, ids, strict=True):
+                _record(sent, job_id, folder, workdir, command)
+        except batch.UnknownOutcomeError as error:
+            for sent in group:
+                sent.keep(str(error))
+            raise batch.UnknownOutcomeError(f"{error}. {_how_to_look(group, folder)}") from error
+        except BaseException:
+            if ids:  # a job that nobody would know of
+                with suppress(queue.QueueError):
+                    queue.cancel(ids[0].partition("_")[0])
+            for sent in group:
+                sent.undo()
+            if folder.exists():
+                shutil.rmtree(folder)
+            raise
     return ids
+
+
+def _record(sent: _Sent, job_id: str, folder: Path, workdir: Path, command: Sequence[str]) -> None:
+    Status.read(sent.entry.run.status).now(State.submitted, job_id=job_id).write(sent.entry.run.status)
+    record = {"job_id": job_id, "command": shlex.join(command), "folder": str(Path.cwd()), "code": str(workdir)}
+    write_json(sent.folder / "request.json", {**record, "time": time.time()})
+    for script in folder.glob("*_submission.sh"):
+        if script.parent != sent.folder:
+            shutil.copy2(script, sent.folder)
+
+
+def _how_to_look(group: Sequence[_Sent], folder: Path) -> str:
+    """What to do about a job that may be there."""
+    runs = ", ".join(shown(sent.entry.run.path) for sent in group)
+    again = f"launch resume {shlex.quote(runs)}" if len(group) == 1 else "the same command"
+    return (
+        f"The job may be in the queue all the same, so the run is kept: {runs}. When SLURM answers, look with "
+        f"squeue --me --name={shlex.quote(group[0].config.name)} --format='%i %T %o': if there is a job with a file in "
+        f"{shown(folder)}, end it with scancel ID (it cannot train). Then submit again: {again}."
+    )
 
 
 def _element(config: RunConfig) -> str:
