@@ -67,14 +67,18 @@ class View:
         """Why the run is in this condition."""
         if self.condition != DEAD:
             reason = self.status.reason if self.status is not None else None
-            cancelled = (
-                self.condition == State.resumable.value and self.job is not None and self.job.state == "CANCELLED"
-            )
+            cancelled = self.condition == State.resumable.value and self._is_cancelled
             return f"cancelled (scancel); {reason}" if cancelled else reason
         if self.job_id is None:
             return "its launching process has ended without a word: killed, or its machine went down"
+        if self.status is not None and self.status.state is State.submitted and self._is_cancelled:
+            return "cancelled in the queue, before it began (scancel)"
         said = f"SLURM says: {self.job}" if self.job is not None else f"SLURM knows no job {self.job_id} any more"
         return f"its job has ended without a word: {said}; its tasks' own logs are in {self.run.submission}"
+
+    @property
+    def _is_cancelled(self) -> bool:
+        return self.job is not None and self.job.state == "CANCELLED"
 
 
 def views(runs: Sequence[RunDirectory]) -> list[View]:
