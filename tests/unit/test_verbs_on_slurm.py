@@ -20,9 +20,9 @@ SILENT = "echo 'slurm_load_jobs error: Socket timed out' >&2; exit 1"
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     """A run with job 9; ``squeue`` is a script in ``bin``."""
-    (tmp_path / "bin").mkdir()
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-    run = RunDirectory(tmp_path / "run")
+    (tmp_path / "own" / "bin").mkdir(parents=True)
+    monkeypatch.setenv("PATH", str(tmp_path / "own" / "bin"), prepend=os.pathsep)
+    run = RunDirectory(tmp_path / "own" / "run")
     run.path.mkdir()
     run.config.write_text("name: run\n")
     return run
@@ -67,3 +67,16 @@ def test_cancel_of_a_finished_run_needs_no_answer_of_slurm(run: RunDirectory) ->
     Status(State.finished, job_id="9").write(run.status)
     with pytest.raises(RunError, match="nothing to cancel: it is finished"):
         cancel.act([str(run.path)])
+
+
+@pytest.mark.parametrize("place", ["run/submission/0", "../.sweeps/slurm-1"])
+def test_a_job_whose_setup_has_failed_is_dead_with_the_line_named(run: RunDirectory, place: str) -> None:
+    squeue_says(run, "echo '9|FAILED|NonZeroExitCode|N/A|'")
+    Status(State.submitted, job_id="9").write(run.status)
+    log = run.path.parent / place / "9_0_log.out"
+    log.parent.mkdir(parents=True)
+    log.write_text("cp: no such file\nlaunch: the job was not started: its setup has ended with exit code 1 at: cp x\n")
+    assert view(run).explanation == (
+        "the job was not started: its setup has ended with exit code 1 at: cp x "
+        "(SLURM says: job 9 FAILED (NonZeroExitCode))"
+    )

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmiss
 from submitit.slurm.slurm import SlurmExecutor
 
 from launcher.clusters.slurm import queue
+from launcher.clusters.slurm.setup import setup_lines
 from launcher.config.schema import RunConfig
 from launcher.environment import outside_of_jobs
 from launcher.errors import RequestError
@@ -162,7 +163,7 @@ def _parameters(config: RunConfig, workdir: Path) -> dict[str, Any]:
         "cpus_per_task": cluster.cpus_per_task,
         "mem": None if cluster.memory_gib is None else f"{round(cluster.memory_gib * 1024)}M",
         "signal_delay_s": max(1, cluster.signal_lead_seconds - _SLURM_EARLY_SECONDS),
-        "setup": _setup(config, os.environ),
+        "setup": setup_lines(config, os.environ),
         "srun_args": _srun_arguments(config, workdir),
         "additional_parameters": more,
         "stderr_to_stdout": True,
@@ -171,22 +172,6 @@ def _parameters(config: RunConfig, workdir: Path) -> dict[str, Any]:
         parameters["array_parallelism"] = cluster.max_parallel_jobs
     parameters["wckey"] = None
     return {name: value for name, value in parameters.items() if value is not None or name == "wckey"}
-
-
-def _setup(config: RunConfig, environment: Mapping[str, str]) -> list[str]:
-    """Lines of shell that come before srun."""
-    lines = []
-    for name, value in config.cluster.environment.items():
-        given = environment.get(name) if value is None else value
-        if given is None:
-            raise RequestError(
-                f"cluster.environment.{name}=null stands for its value here, but {name} is not set: set it, or "
-                "give a value."
-            )
-        text = str(given).lower() if isinstance(given, bool) else str(given)
-        lines.append(f"export {name}={shlex.quote(text)}")
-    lines += [f"module load {shlex.quote(module)}" for module in config.cluster.modules]
-    return [*lines, *config.cluster.setup]
 
 
 def _srun_arguments(config: RunConfig, workdir: Path) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import shlex
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +15,12 @@ from launcher.clusters.attempts import take_back
 from launcher.clusters.entering import Entry, enter
 from launcher.clusters.folders import shown
 from launcher.clusters.slurm import batch, queue
+from launcher.clusters.slurm.elements import alive, element, known_elements
 from launcher.clusters.slurm.snapshot import take_snapshot
-from launcher.config.files import to_yaml
 from launcher.config.rules import world_size
 from launcher.config.schema import RunConfig
 from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State, Status, read_json, write_json
-from launcher.rundir.find import all_runs
 from launcher.rundir.records import recording
 
 __all__ = ["check", "submit", "submit_sweep"]
@@ -108,15 +106,15 @@ def submit_sweep(configs: Sequence[RunConfig], command: Sequence[str]) -> list[R
     Returns:
         Each run's directory, in the same order.
     """
-    known = _known_elements(configs[0])
-    alive = _alive(known.values())
+    known = known_elements(configs[0])
+    at_work = alive(known.values())
     runs: list[RunDirectory] = []
     groups: dict[str, list[_Sent]] = {}
     for config in configs:
-        element = _element(config)
-        run = known.get(element)
-        if run is not None and run.path in alive:
-            say(f"{shown(run.path)}: {alive[run.path]}")
+        element_id = element(config)
+        run = known.get(element_id)
+        if run is not None and run.path in at_work:
+            say(f"{shown(run.path)}: {at_work[run.path]}")
             runs.append(run)
             continue
         if run is not None:
@@ -126,7 +124,7 @@ def submit_sweep(configs: Sequence[RunConfig], command: Sequence[str]) -> list[R
         if entry.lock is None:
             say(f"{shown(entry.run.path)}: has finished")
             continue
-        write_json(entry.run.provenance, {**read_json(entry.run.provenance), "sweep_element": element})
+        write_json(entry.run.provenance, {**read_json(entry.run.provenance), "sweep_element": element_id})
         sent = _prepared(config, entry, None if run is None else str(run.path))
         groups.setdefault(repr((config.name, config.cluster)), []).append(sent)
     for group in groups.values():
@@ -223,35 +221,6 @@ def _how_to_look(group: Sequence[_Sent], folder: Path) -> str:
         f"squeue --me --name={shlex.quote(group[0].config.name)} --format='%i %T %o': if there is a job with a file in "
         f"{shown(folder)}, end it with scancel ID (it cannot train). Then submit again: {again}."
     )
-
-
-def _element(config: RunConfig) -> str:
-    """What makes a sweep's run the same one when the sweep is submitted again: its whole configuration."""
-    plain = replace(config, run_dir=None, cluster=replace(config.cluster, max_parallel_jobs=None, wait=False))
-    return hashlib.sha256(to_yaml(plain).encode()).hexdigest()
-
-
-def _known_elements(config: RunConfig) -> dict[str, RunDirectory]:
-    """The runs that a sweep has made, by what makes them the same."""
-    known = {}
-    for run in all_runs(Path(config.runs_root)):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            known[str(read_json(run.provenance)["sweep_element"])] = run
-    return known
-
-
-def _alive(runs: Iterable[RunDirectory]) -> dict[Path, str]:
-    """Those that SLURM has a job for, and what it says of it."""
-    ids = {}
-    for run in runs:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            if job_id := Status.read(run.status).job_id:
-                ids[run.path] = job_id
-    try:
-        jobs = queue.ask(ids.values())
-    except queue.QueueError:
-        return {}
-    return {path: str(jobs[job_id]) for path, job_id in ids.items() if job_id in jobs and jobs[job_id].is_alive}
 
 
 def _stamp() -> str:
