@@ -58,8 +58,19 @@ def _act(arguments: list[str]) -> int:
     if arguments[0] == _CHECK:
         return _check(arguments[1:])
     if is_word(arguments[0]) and arguments[0] != _RESUME:
-        return act(arguments)
+        return _look_or_act(arguments)
     return _train_here(arguments)
+
+
+def _look_or_act(arguments: list[str]) -> int:
+    """A verb; whoever reads what it prints may have seen enough before its end, such as ``head``."""
+    try:
+        code = act(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it ends
+        return EXIT_FINISHED
+    return code
 
 
 def _train_here(arguments: list[str]) -> int:

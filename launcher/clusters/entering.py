@@ -96,12 +96,13 @@ def _go_on(run: RunDirectory, config: RunConfig, command: Sequence[str], job_may
     if has_finished(run, config):
         return Entry(run, attempt=0)
     _refuse_to_begin_again(run, config)
-    _refuse_live_job(run)
+    asked = _refuse_live_job(run)
     lock = _take(run)
     try:
         if has_finished(run, config):  # while we were looking
             lock.release()
             return Entry(run, attempt=0)
+        _refuse_live_job(run, asked)
         before = _same_run(run, config, job_may_change)
         attempt = _next_attempt(run, lock, command, state)
         changes = differences(before, config)
@@ -156,21 +157,33 @@ def _hosts(state: State) -> tuple[str, ...]:
     return (socket.gethostname(),) if state is State.running else ()
 
 
-def _refuse_live_job(run: RunDirectory) -> None:
-    """Raises RunError if SLURM has a job that works, or will work, at the run: one that waits holds no lock."""
+def _refuse_live_job(run: RunDirectory, asked: str | None = None) -> str | None:
+    """Raises RunError if SLURM has a job that works, or will work, at the run: one that waits holds no lock.
+
+    Ask before the lock is taken, as a job that works holds it; and again under it, for what another launch has
+    submitted while this one waited.
+
+    Args:
+        run: the run's directory.
+        asked: the job that was asked for before.
+
+    Returns:
+        The run's last job.
+    """
     job_id = Status.read(run.status).job_id if run.status.exists() else None
-    if job_id is None:
-        return
+    if job_id is None or job_id == asked:
+        return job_id
     try:
         job = queue.ask([job_id]).get(job_id)
     except QueueError as error:
         print(f"warning: whether job {job_id} is still there could not be asked ({error})", file=sys.stderr)
-        return
+        return job_id
     if job is not None and job.is_alive:
         raise RunError(
             f"The run {run.path} is SLURM's {job}: it goes on by itself. To end it: launch cancel {run.id} "
             "(--save to save first)."
         )
+    return job_id
 
 
 def _take(run: RunDirectory) -> RunLock:

@@ -336,7 +336,8 @@ class ClusterConfig:
     environment: dict[str, Any] = field(default_factory=dict)
     """Variables to set in the job; null as a value: as it is where the job is submitted."""
     setup: list[str] = field(default_factory=list)
-    """Lines of shell to run on the job's first node before the workers start."""
+    """Lines of shell to run on the job's first node before the workers start. One that fails ends the job: end it with
+    ``|| true`` if it may."""
     snapshot: bool = True
     """Copy the project's code into the run as it is when it is submitted, and run that; false: what is there then."""
     snapshot_limit_mib: float = 200.0

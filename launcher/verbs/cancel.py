@@ -43,8 +43,14 @@ def act(words: Sequence[str]) -> int:
         parser.error("--requeue needs --save")
     run = find_run(options.run, Path(options.runs_root))
     (view,) = views([run])
-    if not view.is_alive:
+    if view.is_alive is False or (view.launcher is None and _has_ended(view)):
         raise RunError(_nobody(view))
+    here = view.launcher is not None and view.launcher.host == socket.gethostname()
+    if view.job_id is not None and view.slurm_problem is not None and not here:
+        raise RunError(
+            f"SLURM does not answer about job {view.job_id} of the run {run.path} ({view.slurm_problem}): nothing was "
+            "cancelled. Try again when it does; where there is no squeue, on a login node."
+        )
     if view.job is not None and view.job.is_alive:
         _cancel_job(view, options.save, options.requeue)
     elif options.requeue:
@@ -57,9 +63,12 @@ def act(words: Sequence[str]) -> int:
     return EXIT_FINISHED
 
 
+def _has_ended(view: View) -> bool:
+    """Whether the run's own records say that no job goes on with it, whatever SLURM says."""
+    return view.status is not None and view.status.state in (State.finished, State.failed)
+
+
 def _nobody(view: View) -> str:
-    if view.is_alive is None:
-        return f"SLURM cannot be asked about job {view.job_id} here ({view.slurm_problem}): try a login node."
     explained = f" ({view.explanation})" if view.explanation else ""
     return f"Nobody is at work on the run {view.run.path}: nothing to cancel: it is {view.condition}{explained}."
 

@@ -18,6 +18,8 @@ __all__ = ["DEAD", "View", "last_line", "read_status", "views"]
 
 _TAIL_BYTES = 2**16
 _ACTIVE = (State.submitted, State.running, State.stopping)
+_NOT_STARTED = "launch: the job was not started: "
+"""How the batch file begins to say so."""
 DEAD = "dead"
 """A condition that no status.json names."""
 
@@ -67,14 +69,30 @@ class View:
         """Why the run is in this condition."""
         if self.condition != DEAD:
             reason = self.status.reason if self.status is not None else None
-            cancelled = (
-                self.condition == State.resumable.value and self.job is not None and self.job.state == "CANCELLED"
-            )
+            cancelled = self.condition == State.resumable.value and self._is_cancelled
             return f"cancelled (scancel); {reason}" if cancelled else reason
         if self.job_id is None:
             return "its launching process has ended without a word: killed, or its machine went down"
+        if self.status is not None and self.status.state is State.submitted and self._is_cancelled:
+            return "cancelled in the queue, before it began (scancel)"
         said = f"SLURM says: {self.job}" if self.job is not None else f"SLURM knows no job {self.job_id} any more"
+        if last_word := self._last_word():
+            return f"{last_word} ({said})"
         return f"its job has ended without a word: {said}; its tasks' own logs are in {self.run.submission}"
+
+    def _last_word(self) -> str | None:
+        """What the batch file has said in the log of its job: an array's lies beside the runs."""
+        name = f"*/{self.job_id}_0_log.out"
+        logs = [*self.run.submission.glob(name), *self.run.path.parent.parent.glob(f".sweeps/{name}")]
+        for log in logs:
+            said = [line for line in _tail(log) if line.startswith(_NOT_STARTED)]
+            if said:
+                return said[-1].removeprefix("launch: ")
+        return None
+
+    @property
+    def _is_cancelled(self) -> bool:
+        return self.job is not None and self.job.state == "CANCELLED"
 
 
 def views(runs: Sequence[RunDirectory]) -> list[View]:
@@ -109,14 +127,7 @@ def read_status(run: RunDirectory) -> Status | None:
 
 def last_line(path: Path, kind: str) -> dict[str, Any] | None:
     """The newest line of a kind near the end of a run's metrics; None if there is none."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return None
-    for text in reversed(lines):
+    for text in reversed(_tail(path)):
         try:
             line: dict[str, Any] = json.loads(text)
         except json.JSONDecodeError:  # cut by the tail's border, or by a crash
@@ -124,3 +135,14 @@ def last_line(path: Path, kind: str) -> dict[str, Any] | None:
         if line.get("kind") == kind:
             return line
     return None
+
+
+def _tail(path: Path) -> list[str]:
+    """The lines near the end of a file; none if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            return file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from launcher.rundir import RunDirectory, State, Status
 from tests.e2e.session import LAUNCH, Command
 
 Start = Callable[..., Command]
@@ -131,6 +132,30 @@ def test_looking_does_not_disturb_a_launch(start: Start, project: Path) -> None:
     watcher.send(signal.SIGKILL)
     watcher.wait()
     assert code == 0, command.errors
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback(project: Path) -> None:
+    run = RunDirectory.create(project / "runs", "own", None)
+    Status(State.finished).write(run.status)
+    run.config.write_text("name: own\n")
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            '(sleep 1; exec "$@") | true; echo "${PIPESTATUS[0]}"',
+            "bash",
+            *LAUNCH,
+            "status",
+            str(run.path),
+        ],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "0\n", done
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("words", [["ls"], ["status", "latest"], ["logs", "latest"], ["cancel", "latest"]])

@@ -22,6 +22,7 @@ from launcher.config.files import load_config
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigurationError, RunError
 from launcher.rundir import RunDirectory, State, Status, append_json_line, read_json, write_json
+from launcher.rundir.lock import RunLock
 from tests.unit.configs import good_config
 
 
@@ -324,6 +325,26 @@ def test_a_full_disk_is_one_message_and_the_run_can_be_entered_later(tmp_path: P
         with full_disk():
             mark_stopping(entry.run)
         end_run(entry.run, attempt, time.time(), State.resumable, None)
+
+
+def test_a_run_that_another_launch_submits_while_this_one_waits_for_the_lock_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho '9|PENDING|Priority|N/A|'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    run, take = begin(tmp_path), RunLock.take
+
+    def take_late(run: RunDirectory) -> RunLock:
+        Status.read(run.status).now(State.submitted, job_id="9").write(run.status)
+        return take(run)
+
+    monkeypatch.setattr(RunLock, "take", take_late)
+    with pytest.raises(RunError, match=r"is SLURM's job 9 PENDING"):
+        entered(configured(tmp_path))
+    assert Status.read(run.status).state is State.submitted
+    take(run).release()
 
 
 def test_weights_to_begin_with_must_exist_but_only_for_a_new_run(tmp_path: Path) -> None:

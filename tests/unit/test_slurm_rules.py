@@ -105,7 +105,7 @@ class TestBatchFile:
             cluster__setup=["ulimit -l unlimited"],
         ).splitlines()
         start = written.index("export NCCL_DEBUG=INFO")
-        assert written[start : start + 4] == [
+        assert [line for line in written[start:] if not line.startswith(("tminus_", "trap"))][:4] == [
             "export NCCL_DEBUG=INFO",
             "export FROM_HERE='it'\"'\"'s'",
             "module load cuda/12.8",
@@ -113,6 +113,34 @@ class TestBatchFile:
         ]
         with pytest.raises(RequestError, match="NOT_HERE is not set"):
             text(cluster__environment={"NOT_HERE": None})
+
+    @pytest.mark.parametrize(
+        ("changes", "named"),
+        [
+            ({"cluster__setup": ["true", "cp '/no pe' /tmp/", "echo on"]}, "exit code 1 at: cp '/no pe' /tmp/"),
+            ({"cluster__setup": ["exit 7"]}, "exit code 7 at: exit 7"),
+            ({"cluster__modules": ["nope/1.2"]}, "exit code 127 at: module load nope/1.2"),
+            ({"cluster__setup": ["if true; then", "false", "fi"]}, "exit code 1 at: if true; then"),
+            ({"cluster__setup": ["false || true", "for i in 1 2; do", "echo $i", "done", "cat <<E", "x", "E"]}, None),
+            ({}, None),
+        ],
+    )
+    def test_a_line_of_setup_that_fails_is_named_and_nothing_is_started(
+        self, tmp_path: Path, changes: dict[str, Any], named: str | None
+    ) -> None:
+        script, srun = tmp_path / "job.sh", tmp_path / "srun"
+        script.write_text(text(**changes))
+        srun.write_text("#!/bin/sh\necho started\n")
+        srun.chmod(0o755)
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
+        if named is None:
+            assert (done.returncode, done.stdout.splitlines()[-1], done.stderr) == (0, "started", "")
+        else:
+            assert done.returncode != 0
+            assert "started" not in done.stdout
+            assert done.stderr.splitlines()[-1].startswith("launch: the job was not started: ")
+            assert done.stderr.splitlines()[-1].endswith(named)
 
     def test_a_container_sees_the_project_the_code_and_the_runs(self) -> None:
         written = text(

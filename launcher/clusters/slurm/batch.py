@@ -6,24 +6,36 @@ import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from submitit.core.utils import FailedJobError
+from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, JobPaths
 from submitit.slurm.slurm import SlurmExecutor
 
+from launcher.clusters.slurm import queue
+from launcher.clusters.slurm.setup import setup_lines
 from launcher.config.schema import RunConfig
 from launcher.environment import outside_of_jobs
 from launcher.errors import RequestError
+from launcher.observe.terminal import say
 
-__all__ = ["Arguments", "batch_file", "sbatch", "test_only"]
+__all__ = ["Arguments", "UnknownOutcomeError", "batch_file", "sbatch", "test_only"]
 
 Arguments = tuple[str, int, str, str]
 """Of ``node.main``: run, attempt, submission, folder."""
 _SLURM_EARLY_SECONDS = 60
 """sbatch(1): a signal may come that much earlier than asked for. ``watch.Deadline`` is exact; SLURM's is behind it."""
+_NO_ANSWER = ("timed out", "zero bytes", "receive failure", "connection reset")
+"""In sbatch's words when its request has gone out, and no answer has come: SLURM may act on it all the same."""
+_LOOK_SECONDS = 30.0
+_LOOK_AGAIN_SECONDS = 1.0
+
+
+class UnknownOutcomeError(RequestError):
+    """Nobody can tell whether SLURM has taken the job: nothing of what was sent may be removed."""
 
 
 def sbatch(config: RunConfig, folder: Path, workdir: Path, tasks: Sequence[Arguments]) -> list[str]:
@@ -37,6 +49,7 @@ def sbatch(config: RunConfig, folder: Path, workdir: Path, tasks: Sequence[Argum
 
     Raises:
         RequestError: sbatch has refused; with its own words.
+        UnknownOutcomeError: no answer has come to sbatch, and the queue does not show the job either.
     """
     from launcher.clusters.slurm.node import main
 
@@ -48,8 +61,50 @@ def sbatch(config: RunConfig, folder: Path, workdir: Path, tasks: Sequence[Argum
             with executor.batch():
                 jobs = [executor.submit(main, *task) for task in tasks]
             return [job.job_id for job in jobs]
-        except FailedJobError as error:
-            raise RequestError(f"sbatch has refused the job: {_last_words(str(error))}") from error
+        except FileNotFoundError as error:
+            if error.filename != "sbatch":
+                raise
+            raise RequestError("cluster=slurm: there is no sbatch here: submit from a login node.") from error
+        except (FailedJobError, FailedSubmissionError) as error:
+            words = _last_words(str(error))
+            if _is_refusal(error):
+                raise RequestError(f"sbatch has refused the job: {words}") from error
+            return _found(folder, tasks, words)
+
+
+def _is_refusal(error: FailedJobError | FailedSubmissionError) -> bool:
+    """Whether sbatch has ended by itself, knowing that there is no job."""
+    code = error.__cause__.returncode if isinstance(error.__cause__, subprocess.CalledProcessError) else 0
+    return code > 0 and not any(words in str(error).lower() for words in _NO_ANSWER)
+
+
+def _found(folder: Path, tasks: Sequence[Arguments], words: str) -> list[str]:
+    """The ids of a job that sbatch has sent without hearing of it again, and the rest of what submitit does then.
+
+    Raises:
+        UnknownOutcomeError: it is not in the queue, or the queue cannot be seen.
+    """
+    say(f"sbatch has had no answer ({words}): looking for the job in the queue", error=True)
+    deadline = time.monotonic() + _LOOK_SECONDS
+    while True:
+        try:
+            scripts = queue.scripts_below(folder)
+        except queue.QueueError as error:
+            scripts, seen = {}, f"and the queue cannot be seen ({error})"
+        else:
+            seen = "and the queue does not show it yet"
+        if scripts or time.monotonic() > deadline:
+            break
+        time.sleep(_LOOK_AGAIN_SECONDS)
+    if not scripts:
+        raise UnknownOutcomeError(f"sbatch has had no answer ({words}), {seen}")
+    job_id, script = next(iter(scripts.items()))
+    ids = [job_id] if len(tasks) == 1 else [f"{job_id}_{index}" for index in range(len(tasks))]
+    pickles = {tuple(DelayedSubmission.load(path).args): path for path in folder.glob("*.pkl")}
+    for name, task in zip(ids, tasks, strict=True):
+        JobPaths(folder, job_id=name).move_temporary_file(pickles[tuple(task)], "submitted_pickle")
+    JobPaths(folder, job_id=job_id).move_temporary_file(script, "submission_file", keep_as_symlink=True)
+    return ids
 
 
 def batch_file(config: RunConfig, folder: Path, workdir: Path) -> str:
@@ -108,7 +163,7 @@ def _parameters(config: RunConfig, workdir: Path) -> dict[str, Any]:
         "cpus_per_task": cluster.cpus_per_task,
         "mem": None if cluster.memory_gib is None else f"{round(cluster.memory_gib * 1024)}M",
         "signal_delay_s": max(1, cluster.signal_lead_seconds - _SLURM_EARLY_SECONDS),
-        "setup": _setup(config, os.environ),
+        "setup": setup_lines(config, os.environ),
         "srun_args": _srun_arguments(config, workdir),
         "additional_parameters": more,
         "stderr_to_stdout": True,
@@ -117,22 +172,6 @@ def _parameters(config: RunConfig, workdir: Path) -> dict[str, Any]:
         parameters["array_parallelism"] = cluster.max_parallel_jobs
     parameters["wckey"] = None
     return {name: value for name, value in parameters.items() if value is not None or name == "wckey"}
-
-
-def _setup(config: RunConfig, environment: Mapping[str, str]) -> list[str]:
-    """Lines of shell that come before srun."""
-    lines = []
-    for name, value in config.cluster.environment.items():
-        given = environment.get(name) if value is None else value
-        if given is None:
-            raise RequestError(
-                f"cluster.environment.{name}=null stands for its value here, but {name} is not set: set it, or "
-                "give a value."
-            )
-        text = str(given).lower() if isinstance(given, bool) else str(given)
-        lines.append(f"export {name}={shlex.quote(text)}")
-    lines += [f"module load {shlex.quote(module)}" for module in config.cluster.modules]
-    return [*lines, *config.cluster.setup]
 
 
 def _srun_arguments(config: RunConfig, workdir: Path) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["NoQueueError", "QueueError", "SlurmJob", "ask", "cancel", "hostnames", "requeue", "show"]
+__all__ = ["NoQueueError", "QueueError", "SlurmJob", "ask", "cancel", "hostnames", "requeue", "scripts_below", "show"]
 
 _TIMEOUT_SECONDS = 20.0
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
@@ -92,6 +94,17 @@ def _sacct(job_ids: Sequence[str]) -> list[SlurmJob]:
                 SlurmJob(job_id, state.split()[0] if state else "UNKNOWN", ended, _known(starts), _known(nodes))
             )
     return jobs
+
+
+def scripts_below(folder: Path) -> dict[str, Path]:
+    """This user's jobs whose batch file lies in ``folder``, by id, that of the array for an array's elements.
+
+    Raises:
+        QueueError: SLURM cannot be asked.
+    """
+    text = run(["squeue", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%F|%o"])
+    rows = (line.strip().partition("|") for line in text.splitlines())
+    return {job_id: Path(script) for job_id, _, script in rows if Path(script).parent == folder}
 
 
 def show(job_id: str) -> dict[str, str]:

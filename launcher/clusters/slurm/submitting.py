@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import shlex
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +15,13 @@ from launcher.clusters.attempts import take_back
 from launcher.clusters.entering import Entry, enter
 from launcher.clusters.folders import shown
 from launcher.clusters.slurm import batch, queue
+from launcher.clusters.slurm.elements import alive, element, known_elements
 from launcher.clusters.slurm.snapshot import take_snapshot
-from launcher.config.files import to_yaml
 from launcher.config.rules import world_size
 from launcher.config.schema import RunConfig
 from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State, Status, read_json, write_json
-from launcher.rundir.find import all_runs
+from launcher.rundir.records import recording
 
 __all__ = ["check", "submit", "submit_sweep"]
 
@@ -48,9 +47,16 @@ class _Sent:
         if self.before is None:
             shutil.rmtree(run.path)
         else:
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)  # there may have been no room for it
             if not take_back(run, self.entry.attempt):
                 self.before.write(run.status)
+
+    def keep(self, why: str) -> None:
+        """It may have been submitted: what SLURM would start stays where it is."""
+        status = self.before or Status.read(self.entry.run.status)
+        status.now(State.resumable, reason=f"it is not known whether it was submitted: {why}").write(
+            self.entry.run.status
+        )
 
     def release(self) -> None:
         if self.entry.lock is not None:
@@ -100,15 +106,15 @@ def submit_sweep(configs: Sequence[RunConfig], command: Sequence[str]) -> list[R
     Returns:
         Each run's directory, in the same order.
     """
-    known = _known_elements(configs[0])
-    alive = _alive(known.values())
+    known = known_elements(configs[0])
+    at_work = alive(known.values())
     runs: list[RunDirectory] = []
     groups: dict[str, list[_Sent]] = {}
     for config in configs:
-        element = _element(config)
-        run = known.get(element)
-        if run is not None and run.path in alive:
-            say(f"{shown(run.path)}: {alive[run.path]}")
+        element_id = element(config)
+        run = known.get(element_id)
+        if run is not None and run.path in at_work:
+            say(f"{shown(run.path)}: {at_work[run.path]}")
             runs.append(run)
             continue
         if run is not None:
@@ -118,7 +124,7 @@ def submit_sweep(configs: Sequence[RunConfig], command: Sequence[str]) -> list[R
         if entry.lock is None:
             say(f"{shown(entry.run.path)}: has finished")
             continue
-        write_json(entry.run.provenance, {**read_json(entry.run.provenance), "sweep_element": element})
+        write_json(entry.run.provenance, {**read_json(entry.run.provenance), "sweep_element": element_id})
         sent = _prepared(config, entry, None if run is None else str(run.path))
         groups.setdefault(repr((config.name, config.cluster)), []).append(sent)
     for group in groups.values():
@@ -151,69 +157,70 @@ def check(config: RunConfig) -> bool:
 
 def _prepared(config: RunConfig, entry: Entry, run_dir: str | None) -> _Sent:
     run = entry.run
-    run.submission.mkdir(exist_ok=True)
-    number = sum(path.is_dir() for path in run.submission.iterdir())
+    number = sum(path.is_dir() for path in run.submission.glob("*"))
     folder = run.submission / str(number)
-    folder.mkdir()
     status = Status.read(run.status)
     existed = run_dir is not None and (entry.attempt > 0 or number > 0)
     before = status.now(State.resumable, reason="could not be submitted again") if existed else None
-    return _Sent(config, entry, before, folder)
+    sent = _Sent(config, entry, before, folder)
+    with recording(run.path):
+        try:
+            folder.mkdir(parents=True)
+        except BaseException:
+            sent.undo()
+            sent.release()
+            raise
+    return sent
 
 
 def _send(group: Sequence[_Sent], folder: Path, command: Sequence[str]) -> list[str]:
     """Copy the project, submit, and write down what was sent; undo all of it if that fails."""
     config = group[0].config
     workdir = Path.cwd()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if config.cluster.snapshot:
-            workdir = folder / _CODE
-            take_snapshot(Path.cwd(), workdir, Path(config.runs_root), config.cluster.snapshot_limit_mib)
-        ids = batch.sbatch(config, folder, workdir, [sent.arguments() for sent in group])
-    except BaseException:
-        for sent in group:
-            sent.undo()
-        if folder.exists():
-            shutil.rmtree(folder)
-        raise
-    for sent, job_id in zip(group, ids, strict=True):
-        Status.read(sent.entry.run.status).now(State.submitted, job_id=job_id).write(sent.entry.run.status)
-        record = {"job_id": job_id, "command": shlex.join(command), "folder": str(Path.cwd()), "code": str(workdir)}
-        write_json(sent.folder / "request.json", {**record, "time": time.time()})
-        for script in folder.glob("*_submission.sh"):
-            if script.parent != sent.folder:
-                shutil.copy2(script, sent.folder)
+    ids: list[str] = []
+    with recording(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if config.cluster.snapshot:
+                workdir = folder / _CODE
+                take_snapshot(Path.cwd(), workdir, Path(config.runs_root), config.cluster.snapshot_limit_mib)
+            ids = batch.sbatch(config, folder, workdir, [sent.arguments() for sent in group])
+            for sent, job_id in zip(group, ids, strict=True):
+                _record(sent, job_id, folder, workdir, command)
+        except batch.UnknownOutcomeError as error:
+            for sent in group:
+                sent.keep(str(error))
+            raise batch.UnknownOutcomeError(f"{error}. {_how_to_look(group, folder)}") from error
+        except BaseException:
+            if ids:  # a job that nobody would know of
+                with suppress(queue.QueueError):
+                    queue.cancel(ids[0].partition("_")[0])
+            for sent in group:
+                sent.undo()
+            if folder.exists():
+                shutil.rmtree(folder)
+            raise
     return ids
 
 
-def _element(config: RunConfig) -> str:
-    """What makes a sweep's run the same one when the sweep is submitted again: its whole configuration."""
-    plain = replace(config, run_dir=None, cluster=replace(config.cluster, max_parallel_jobs=None, wait=False))
-    return hashlib.sha256(to_yaml(plain).encode()).hexdigest()
+def _record(sent: _Sent, job_id: str, folder: Path, workdir: Path, command: Sequence[str]) -> None:
+    Status.read(sent.entry.run.status).now(State.submitted, job_id=job_id).write(sent.entry.run.status)
+    record = {"job_id": job_id, "command": shlex.join(command), "folder": str(Path.cwd()), "code": str(workdir)}
+    write_json(sent.folder / "request.json", {**record, "time": time.time()})
+    for script in folder.glob("*_submission.sh"):
+        if script.parent != sent.folder:
+            shutil.copy2(script, sent.folder)
 
 
-def _known_elements(config: RunConfig) -> dict[str, RunDirectory]:
-    """The runs that a sweep has made, by what makes them the same."""
-    known = {}
-    for run in all_runs(Path(config.runs_root)):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            known[str(read_json(run.provenance)["sweep_element"])] = run
-    return known
-
-
-def _alive(runs: Iterable[RunDirectory]) -> dict[Path, str]:
-    """Those that SLURM has a job for, and what it says of it."""
-    ids = {}
-    for run in runs:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            if job_id := Status.read(run.status).job_id:
-                ids[run.path] = job_id
-    try:
-        jobs = queue.ask(ids.values())
-    except queue.QueueError:
-        return {}
-    return {path: str(jobs[job_id]) for path, job_id in ids.items() if job_id in jobs and jobs[job_id].is_alive}
+def _how_to_look(group: Sequence[_Sent], folder: Path) -> str:
+    """What to do about a job that may be there."""
+    runs = ", ".join(shown(sent.entry.run.path) for sent in group)
+    again = f"launch resume {shlex.quote(runs)}" if len(group) == 1 else "the same command"
+    return (
+        f"The job may be in the queue all the same, so the run is kept: {runs}. When SLURM answers, look with "
+        f"squeue --me --name={shlex.quote(group[0].config.name)} --format='%i %T %o': if there is a job with a file in "
+        f"{shown(folder)}, end it with scancel ID (it cannot train). Then submit again: {again}."
+    )
 
 
 def _stamp() -> str:
