@@ -21,11 +21,10 @@ Command = Callable[[str, str], None]
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    """Submitting makes the process's umask stricter; a full disk must not outlive its test."""
-    before, limits = os.umask(0o022), resource.getrlimit(resource.RLIMIT_FSIZE)
+    """Submitting makes the process's umask stricter."""
+    before = os.umask(0o022)
     yield
     os.umask(before)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture
@@ -92,8 +91,12 @@ def test_a_full_disk_is_one_message_and_undoes_the_run(
     real = batch.sbatch
 
     def full(*arguments: object) -> object:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        return real(*arguments)  # type: ignore[arg-type]
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        try:
+            return real(*arguments)  # type: ignore[arg-type]
+        finally:  # before pytest writes to a file of its own
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     monkeypatch.setattr(batch, "sbatch", full)
     with pytest.raises(RunError, match=r"cannot be written to \(File too large"):
