@@ -67,3 +67,23 @@ def test_a_project_that_is_too_large_is_refused_and_nothing_is_left(project: Pat
     for word in ("3 MiB in 6 files", "cluster.snapshot_limit_mib=2", "weights.bin", ".gitignore"):
         assert word in str(caught.value)
     assert not (project / "runs" / "own" / "1" / "submission").exists()
+
+
+def test_submodules_and_nested_repositories_are_in_it(project: Path) -> None:
+    def git(folder: Path, *words: str) -> None:
+        settings = ("-c", "user.name=x", "-c", "user.email=x", "-c", "protocol.file.allow=always")
+        subprocess.run(["git", *settings, *words], cwd=folder, check=True)
+
+    source, nested = project.parent / "source", project / "nested"
+    for folder in (source, nested):
+        folder.mkdir()
+        (folder / "module.py").write_text("")
+        git(folder, "init", "-q")
+    git(source, "add", "-A")
+    git(source, "commit", "-qm", "x")
+    assert names(snapshot(project)) == PROJECT | {"nested/module.py"}
+    git(project, "init", "-q")
+    git(project, "submodule", "--quiet", "add", str(source), "vendored")
+    target = project / "runs" / "own" / "2" / "code"
+    take_snapshot(project, target, project / "runs", 1.0)
+    assert names(target) == PROJECT | {"nested/module.py", ".gitmodules", "vendored/module.py"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,12 +41,15 @@ from launcher.rundir.records import drop_cut_line, recording
 if TYPE_CHECKING:
     from launcher.training.loop import Outcome
 
-__all__ = ["lead"]
+__all__ = ["lead", "patiently_shown"]
 
 _LOCK_PATIENCE_SECONDS = 30.0
 _REPORTS_SECONDS = 30.0
 """How long the other nodes may take to end their workers and write down why."""
 _FAREWELL_SECONDS = 10.0
+_PATIENCE_SECONDS = 20.0
+"""How long a silent controller is asked again; SLURM's KillWait, 30 s by default, may be running."""
+_PAUSE_SECONDS = 1.0
 
 
 def lead(run: RunDirectory, config: RunConfig, place: JobPlace, submission: Path, forwarder: StopForwarder) -> int:
@@ -206,7 +208,8 @@ class _Turn:
         if not config.cluster.requeue or (request is not None and not request.requeue):
             end_run(run, attempt, started, State.resumable, reason)
             return EXIT_RESUMABLE
-        if self._job().get("JobState") != "RUNNING":
+        job = patiently_shown(self._place.job_id)
+        if job is not None and job.get("JobState") != "RUNNING":
             # Cancelled, or requeued by SLURM itself: both look alike (COMPLETING) until these processes have ended, and
             # scontrol would requeue a cancelled job too.
             end_run(run, attempt, started, State.resumable, f"{reason}; SLURM has ended this turn of the job")
@@ -218,16 +221,12 @@ class _Turn:
         try:
             queue.requeue(self._place.job_id)
         except QueueError as error:
-            why = f"{reason}; it could not be requeued: {error}"
+            silent = "SLURM could not be asked, and " if job is None else ""
+            why = f"{reason}; {silent}it could not be requeued: {error}"
             status.now(State.resumable, reason=why).write(run.status)
             say(why, error=True)
             return EXIT_RESUMABLE
         return EXIT_FINISHED
-
-    def _job(self) -> dict[str, str]:
-        with suppress(QueueError):
-            return queue.show(self._place.job_id)
-        return {}
 
     def _job_goes_on(self) -> bool:
         """Whether SLURM still counts on this turn of the job: it may have given up a node, this one included."""
@@ -238,6 +237,20 @@ class _Turn:
         except QueueError:  # this node is cut off
             return False
         return job.get("JobState") == "RUNNING" and job.get("Restarts", "0") == str(self._place.turn)
+
+
+def patiently_shown(job_id: str, patience: float = _PATIENCE_SECONDS) -> dict[str, str] | None:
+    """What SLURM says of a job; None if it cannot be asked here, or has not answered for this many seconds."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return queue.show(job_id)
+        except NoQueueError:
+            return None
+        except QueueError:
+            if time.monotonic() >= end:
+                return None
+            time.sleep(_PAUSE_SECONDS)
 
 
 def _end_without_attempt(run: RunDirectory, reason: str) -> int:

@@ -73,11 +73,20 @@ def _known_to_git(project: Path) -> list[str] | None:
     listing = ["ls-files", "-z", "--others", "--exclude-standard"]
     inside = _git(project, "ls-files", "-z", "--cached", *listing[2:])
     if inside is not None:
-        return inside
+        return [name for entry in inside for name in _with_repository(project, entry)]
     with tempfile.TemporaryDirectory() as empty:
         if _git(project, "init", "--quiet", "--bare", empty) is None:
             return None
-        return _git(project, f"--git-dir={empty}", f"--work-tree={project}", *listing)
+        outside = _git(project, f"--git-dir={empty}", f"--work-tree={project}", *listing)
+    return None if outside is None else [name for entry in outside for name in _with_repository(project, entry)]
+
+
+def _with_repository(project: Path, entry: str) -> list[str]:
+    """An entry of git's list; if it is a submodule or a nested repository, which git only names, then its files."""
+    folder = project / entry
+    if folder.is_symlink() or not (folder / ".git").exists():
+        return [entry]
+    return [os.path.join(entry, name) for name in _known_to_git(folder) or []]
 
 
 def _git(project: Path, *words: str) -> list[str] | None:
