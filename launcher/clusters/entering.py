@@ -168,8 +168,8 @@ def _refuse_live_job(run: RunDirectory) -> None:
         return
     if job is not None and job.is_alive:
         raise RunError(
-            f"The run {run.path} is SLURM's {job}: it goes on by itself. To end it: launch cancel {run.id} "
-            "(--save to save first)."
+            f"The run {run.path} is SLURM's {job}: it goes on by itself. To end it: launch cancel {run.id}; to save "
+            "first, and resume it after that: with --save --no-requeue."
         )
 
 
