@@ -17,8 +17,8 @@ from launcher.checkpoint.finding import find_newest_valid
 from launcher.checkpoint.saver import Saver
 from launcher.config.files import to_yaml
 from launcher.config.instantiate import build_job, build_optimizer, optimizer_factory
-from launcher.config.rules import accumulation_steps, shard_ranks
 from launcher.config.schema import BestMode, Dtype, RunConfig, Strategy
+from launcher.config.sizes import accumulation_steps, node_range, shard_ranks
 from launcher.environment import Ranks
 from launcher.errors import JobError
 from launcher.job import Job
@@ -77,6 +77,11 @@ def build_trainer(
     _refuse_best_of_nothing(config, job, validation)
     shape = BatchShape(train.micro_batch_size, accumulation_steps(config, ranks.world_size), ranks.world_size)
     data = training_data(job, dataset, shape, ranks.rank, config.seed)
+    if data.num_samples is None and node_range(config).is_elastic:  # now, not when the number has changed
+        raise JobError(
+            f"cluster.nodes={config.cluster.nodes} with an IterableDataset ({type(dataset).__name__}): its state "
+            "belongs to one number of ranks. Use one number of machines, or a map-style dataset."
+        )
     found = _find(store, config, ranks)
     done = found.checkpoint.manifest if found.checkpoint is not None else None
     before = (done.step, done.samples) if done is not None else (0, 0)

@@ -131,7 +131,7 @@ def _check(arguments: list[str]) -> int:
 
             codes.append(EXIT_FINISHED if check(config) else EXIT_REQUEST)
         else:
-            from launcher.config.rules import world_size
+            from launcher.config.sizes import world_size
 
             print(f"right: {world_size(config)} worker(s) on {config.device.value}; nothing was started")
 

@@ -132,8 +132,7 @@ def _measure(store: dist.TCPStore, names: list[str], index: int, address: str, a
             except (dist.DistError, RuntimeError) as error:
                 report.failures[partner] = str(error).partition("\n")[0][:120]
             finally:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
+                _close_group()
         store.set(f"round-{number}/ended/{index}", "")
         for one in sorted(waited_for):
             try:
@@ -144,8 +143,6 @@ def _measure(store: dist.TCPStore, names: list[str], index: int, address: str, a
 
 
 def _open_group(store: dist.TCPStore, name: str, rank: int, size: int, timeout: int) -> None:
-    # An opening that has failed has used up a name all the same, and the partners' names must be equal.
-    dist.distributed_c10d._world.group_count = 0
     dist.init_process_group(
         _backend(),
         store=dist.PrefixStore(name, store),
@@ -153,6 +150,14 @@ def _open_group(store: dist.TCPStore, name: str, rank: int, size: int, timeout: 
         world_size=size,
         timeout=timedelta(seconds=timeout),
     )
+
+
+def _close_group() -> None:
+    if not dist.is_initialized():
+        # An opening that has failed has used up a name all the same, and the partners' names must be equal: names
+        # begin anew once a group has been closed, be it one of this process alone.
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.destroy_process_group()
 
 
 def _together(store: dist.TCPStore, present: list[int], rank: int, asked: argparse.Namespace) -> float | None:
@@ -166,8 +171,7 @@ def _together(store: dist.TCPStore, present: list[int], rank: int, asked: argpar
     except (dist.DistError, RuntimeError):  # a node that has failed with a partner is not here
         return None
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _close_group()
     return asked.mebibytes * 2**20 * 2 * (size - 1) / size / seconds / 1e9
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -30,12 +30,21 @@ _REFUSED = "refused"
 _LOST = "the launching process ended without a word: killed, or its machine went down"
 
 
-def begin_attempt(run: RunDirectory, attempt: int, stopping: bool = False) -> None:
-    """The run goes on in another attempt, if only to stop; those before are no longer the current one."""
+def begin_attempt(run: RunDirectory, attempt: int, stopping: bool = False, hosts: Sequence[str] | None = None) -> None:
+    """The run goes on in another attempt, if only to stop; those before are no longer the current one.
+
+    Args:
+        run: the run's directory.
+        attempt: that begins.
+        stopping: whether a stop has been asked for already.
+        hosts: where it trains; None: where the run is launched.
+    """
     with recording(run.path):
         Fence(run, attempt).put_up()
         state = State.stopping if stopping else State.running
-        Status.read(run.status).now(state, attempt=attempt, reason=None).write(run.status)
+        status = Status.read(run.status)
+        known = status.hosts if hosts is None else tuple(hosts)
+        status.now(state, attempt=attempt, hosts=known, reason=None).write(run.status)
 
 
 def mark_stopping(run: RunDirectory) -> None:
@@ -74,7 +83,7 @@ def end_run(
         RunError: it cannot be written down.
     """
     with recording(run.path):
-        steps = reported_steps(run, attempt)
+        steps, hosts = reported_steps(run, attempt), _hosts(Status.read(run.status), attempt)
         if refused and not steps and take_back(run, attempt):
             ended = _REFUSED
         else:
@@ -82,7 +91,7 @@ def end_run(
             status = Status.read(run.status)
             now = State.running if goes_on else state
             status.now(now, attempt=attempt, step=max(steps, default=status.step), reason=reason).write(run.status)
-        _record_end(run, attempt, started, time.time(), ended, reason)
+        _record_end(run, attempt, (started, time.time()), ended, reason, hosts)
 
 
 def refusal(run: RunDirectory) -> str | None:
@@ -135,8 +144,8 @@ def record_lost_attempts(run: RunDirectory, last_holder: Holder | None, before: 
     if before is not None:
         begun = {attempt for attempt in begun if attempt < before}
     for attempt in sorted(begun - recorded):
-        start, end = _signs_of_life(run, attempt, status, last_holder)
-        _record_end(run, attempt, start, end, "killed", _LOST)
+        times = _signs_of_life(run, attempt, status, last_holder)
+        _record_end(run, attempt, times, "killed", _LOST, _hosts(status, attempt))
     return max(recorded | begun, default=-1)
 
 
@@ -162,12 +171,20 @@ def _signs_of_life(
     return min(seen), max(seen)
 
 
-def _record_end(run: RunDirectory, attempt: int, start: float, end: float, ended: str, reason: str | None) -> None:
+def _hosts(status: Status | None, attempt: int) -> Sequence[str]:
+    """Where an attempt has trained; empty if nobody has written it down."""
+    return status.hosts if status is not None and status.attempt == attempt else ()
+
+
+def _record_end(
+    run: RunDirectory, attempt: int, times: tuple[float, float], ended: str, reason: str | None, hosts: Sequence[str]
+) -> None:
     steps = reported_steps(run, attempt)
     line = {
         "attempt": attempt,
-        "start": start,
-        "end": end,
+        "start": times[0],
+        "end": times[1],
+        "hosts": list(hosts),
         "first_step": min(steps, default=None),
         "last_step": max(steps, default=None),
         "ended": ended,

@@ -180,8 +180,8 @@ def _refuse_live_job(run: RunDirectory, asked: str | None = None) -> str | None:
         return job_id
     if job is not None and job.is_alive:
         raise RunError(
-            f"The run {run.path} is SLURM's {job}: it goes on by itself. To end it: launch cancel {run.id} "
-            "(--save to save first)."
+            f"The run {run.path} is SLURM's {job}: it goes on by itself. To end it: launch cancel {run.id}; to save "
+            "first, and resume it after that: with --save --no-requeue."
         )
     return job_id
 

@@ -14,8 +14,8 @@ from launcher.clusters.deaths import silent_death, unknown_death
 from launcher.clusters.entering import Entry, enter
 from launcher.clusters.folders import shown
 from launcher.clusters.progress import Restarts, newest_step, where
-from launcher.config.rules import world_size
 from launcher.config.schema import RunConfig
+from launcher.config.sizes import world_size
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE
 from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State

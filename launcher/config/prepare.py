@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launcher.config.rules import check
 from launcher.config.schema import Device, RunConfig
+from launcher.config.sizes import node_range
 
 __all__ = ["Machine", "prepare"]
 
@@ -43,6 +44,8 @@ def prepare(config: RunConfig, machine: Machine | None = None) -> list[str]:
     if config.train.init_from is not None:
         config.train.init_from = str(Path(config.train.init_from).absolute())  # a run may be resumed from elsewhere
     warnings = check(config, num_gpus)
+    nodes = node_range(config)
+    config.cluster.nodes = str(nodes) if nodes.is_elastic else nodes.most  # written in one way
     from launcher.config.targets import check_targets  # imports the user's code, and torch
     from launcher.config.trial import refuse_streams_without_state
 

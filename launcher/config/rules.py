@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from launcher.config.node_rules import node_problems, node_warnings
 from launcher.config.schema import (
     Accumulate,
     Axis,
@@ -23,35 +24,14 @@ from launcher.config.schema import (
     RunConfig,
     Strategy,
 )
+from launcher.config.sizes import shard_ranks, world_size
 from launcher.config.slurm_rules import slurm_problems, slurm_warnings
 from launcher.config.words import shown
 from launcher.errors import ConfigurationError
 
-__all__ = ["accumulation_steps", "check", "compression_problems", "shard_ranks", "world_size"]
+__all__ = ["check", "compression_problems"]
 
 _LARGEST_BLOCK = 65536
-
-
-def world_size(config: RunConfig) -> int:
-    """Workers in all; the cluster's defaults must have been filled in."""
-    assert config.cluster.processes_per_node is not None
-    return config.cluster.nodes * config.cluster.processes_per_node
-
-
-def shard_ranks(config: RunConfig) -> int:
-    """hsdp: the ranks that share one replica."""
-    assert config.cluster.processes_per_node is not None
-    return config.parallel.shard_size or config.cluster.processes_per_node
-
-
-def accumulation_steps(config: RunConfig, num_workers: int) -> int:
-    """Micro-batches per worker and optimizer step."""
-    train = config.train
-    if train.accumulation_steps is not None:
-        return train.accumulation_steps
-    assert train.global_batch_size is not None
-    assert train.micro_batch_size is not None
-    return train.global_batch_size // (train.micro_batch_size * num_workers)
 
 
 def check(config: RunConfig, num_gpus: int) -> list[str]:
@@ -66,6 +46,7 @@ def check(config: RunConfig, num_gpus: int) -> list[str]:
     """
     problems = [*_names(config), *_sizes(config), *_length_and_batch(config), *_placement(config, num_gpus)]
     problems += [
+        *node_problems(config),
         *_parallel(config),
         *compression_problems(config.compression, config.parallel.strategy),
         *_loss_scale(config),
@@ -118,7 +99,6 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         yield from _at_least(f"train.{name}", getattr(train, name), 1)
     yield from _at_least("train.num_data_workers", train.num_data_workers, 0)
     yield from _positive("train.max_grad_norm", train.max_grad_norm)
-    yield from _at_least("cluster.nodes", cluster.nodes, 1)
     yield from _at_least("cluster.processes_per_node", cluster.processes_per_node, 1)
     yield from _at_least("cluster.max_restarts", cluster.max_restarts, 0)
 
@@ -140,23 +120,10 @@ def _length_and_batch(config: RunConfig) -> Iterator[str]:
             f"train.accumulation_steps={shown(train.accumulation_steps)}: {given} given. "
             "Give exactly one, and set the other to null."
         )
-    elif train.global_batch_size is not None and train.micro_batch_size is not None:
-        workers = max(1, world_size(config))
-        portion = max(1, train.micro_batch_size) * workers
-        if train.global_batch_size > 0 and train.global_batch_size % portion:
-            below = train.global_batch_size // portion * portion
-            choices = " or ".join(str(size) for size in (below, below + portion) if size > 0)
-            yield (
-                f"train.global_batch_size={train.global_batch_size} does not divide into micro-batches of "
-                f"{train.micro_batch_size} on {workers} worker(s): it must be a multiple of {portion}. "
-                f"Use {choices}, or another train.micro_batch_size or number of workers."
-            )
 
 
 def _placement(config: RunConfig, num_gpus: int) -> Iterator[str]:
     cluster = config.cluster
-    if cluster.kind == "local" and cluster.nodes > 1:
-        yield f"cluster.nodes={cluster.nodes}, but cluster=local is this one machine: use cluster.nodes=1."
     if cluster.kind not in ("local", "slurm", "torchrun"):
         yield f"cluster.kind={cluster.kind!r} does not exist: choose cluster=local or cluster=slurm."
     if config.device is Device.cuda:
@@ -176,17 +143,11 @@ def _parallel(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
     yield from _at_least("parallel.shard_size", parallel.shard_size, 1)
     yield from _positive("parallel.bucket_mib", parallel.bucket_mib)
-    if parallel.strategy is not Strategy.hsdp:
-        if parallel.shard_size is not None:
-            yield (
-                f"parallel.shard_size={parallel.shard_size} is for parallel=hsdp alone: "
-                f"leave it null with parallel.strategy={parallel.strategy.value}."
-            )
-        return
-    workers, shard_size = world_size(config), shard_ranks(config)
-    if workers > 0 and shard_size > 0 and workers % shard_size:
-        valid = ", ".join(str(size) for size in range(1, workers + 1) if workers % size == 0)
-        yield f"parallel.shard_size={shard_size} does not divide the {workers} worker(s). Valid: {valid}."
+    if parallel.strategy is not Strategy.hsdp and parallel.shard_size is not None:
+        yield (
+            f"parallel.shard_size={parallel.shard_size} is for parallel=hsdp alone: "
+            f"leave it null with parallel.strategy={parallel.strategy.value}."
+        )
 
 
 def compression_problems(compression: CompressionConfig, strategy: Strategy) -> Iterator[str]:
@@ -266,6 +227,7 @@ def _warnings(config: RunConfig) -> Iterator[str]:
     precision, train, schedule = config.precision, config.train, config.schedule
     if config.cluster.kind == "slurm":
         yield from slurm_warnings(config)
+    yield from node_warnings(config)
     if precision.dtype is Dtype.float16 and not precision.loss_scale.enabled:
         yield (
             "precision.dtype=float16 with precision.loss_scale.enabled=false: gradients below 6e-8 become zero and "

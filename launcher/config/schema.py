@@ -293,8 +293,9 @@ class ClusterConfig:
 
     kind: str = "local"
     """local: this machine. slurm: a job of SLURM. torchrun: processes that it has started; set by T-minus alone."""
-    nodes: int = 1
-    """Machines."""
+    nodes: int | str = 1
+    """Machines. slurm: also a range, such as 2-4: SLURM gives what is there each time that the job starts, and the
+    global batch stays what it is. Where it does not divide over all that are there, the others stay idle."""
     processes_per_node: int | None = None
     """Workers per machine; null: one per GPU, or 2 where there is none."""
     max_restarts: int = 0

@@ -15,8 +15,8 @@ import sys
 from functools import cache
 from typing import Any
 
-from launcher.config.rules import world_size
 from launcher.config.schema import RunConfig
+from launcher.config.sizes import world_size
 from launcher.config.streams import stream_problem, streams_without_state
 from launcher.environment import as_first_rank
 from launcher.errors import JobError

@@ -26,6 +26,7 @@ def in_words(error: BaseException) -> str:
     if isinstance(error, MissingMandatoryValue):
         name = key or re.sub(r"^Missing mandatory value: ", "", reason)
         return f"{name} has no value: give one ({name}=…)."
+    reason = reason.replace("is incompatible with type hint 'Union[int, str]'", "is neither a whole number nor a text")
     parent = error.parent_node
     if re.search(r"\bnot in\b", reason) and isinstance(parent, DictConfig):
         word = key.rpartition(".")[2]

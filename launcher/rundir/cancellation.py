@@ -52,7 +52,8 @@ class Cancellation:
 
     def __str__(self) -> str:
         saved = " --save" if self.save else ""
-        return f"cancelled by {self.user} on {self.host} (launch cancel{saved})"
+        done = "asked for" if self.requeue else "cancelled"
+        return f"{done} by {self.user} on {self.host} (launch cancel{saved})"
 
 
 def is_cancelled_at_once(run: RunDirectory) -> bool:

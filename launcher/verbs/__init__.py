@@ -17,7 +17,7 @@ VERBS = {
     "ls": "launch ls",
     "status": "launch status RUN",
     "logs": "launch logs RUN [-f]",
-    "cancel": "launch cancel RUN [--save]",
+    "cancel": "launch cancel RUN [--save [--no-requeue]]",
     "check": "launch check +experiment=NAME [key=value …]",
     "resume": "launch resume RUN [key=value …]",
     "export": "launch export RUN out.safetensors",

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launcher.clusters.folders import shown
 from launcher.errors import EXIT_FINISHED
-from launcher.rundir import RunDirectory
+from launcher.rundir import RunDirectory, Status
 from launcher.rundir.find import find_run
-from launcher.verbs.view import DEAD, View, last_line, views
+from launcher.verbs.view import DEAD, View, configured, last_line, views
 from launcher.verbs.words import VerbParser, ago
 
 __all__ = ["act", "as_json"]
@@ -45,6 +43,7 @@ def as_json(view: View) -> dict[str, Any]:
         "state": status.state.value if status is not None else None,
         "attempt": status.attempt if status is not None else None,
         "step": status.step if status is not None else None,
+        "nodes": configured(view.run, status.attempt, "cluster", "nodes") if status is not None else None,
         "hosts": list(status.hosts) if status is not None else [],
         "reason": view.explanation,
         "updated": status.updated if status is not None else None,
@@ -60,9 +59,9 @@ def _lines(view: View) -> list[str]:
     if view.explanation:
         lines[-1] += f": {view.explanation}"
     if status is not None:
-        total = _max_steps(view.run, status.attempt)
+        total = configured(view.run, status.attempt, "train", "max_steps")
         lines.append(f"step: {status.step}{f' of {total}' if total else ''}  (attempt {status.attempt})")
-        lines += [f"hosts: {', '.join(status.hosts)}"] if status.hosts else []
+        lines += _hosts(view.run, status)
     lines += _numbers(view)
     if view.launcher is not None:
         lines.append(f"launched by: {view.launcher}")
@@ -96,9 +95,8 @@ def _slurm(view: View) -> str:
     return f"SLURM: job {view.job_id}: {why}"
 
 
-def _max_steps(run: RunDirectory, attempt: int) -> int | None:
-    try:
-        steps = yaml.safe_load(run.config_of(attempt).read_text(encoding="utf-8"))["train"]["max_steps"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return None
-    return int(steps) if steps is not None else None
+def _hosts(run: RunDirectory, status: Status) -> list[str]:
+    """Where the attempt trains, or that it is still to be seen."""
+    nodes = configured(run, status.attempt, "cluster", "nodes")
+    asked = f"{len(status.hosts)} of cluster.nodes={nodes}: " if isinstance(nodes, str) else ""
+    return [f"hosts: {asked}{', '.join(status.hosts)}"] if status.hosts else []

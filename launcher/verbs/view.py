@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.queue import QueueError, SlurmJob
 from launcher.rundir import RunDirectory, State, Status
 from launcher.rundir.lock import Holder, is_launched
 
-__all__ = ["DEAD", "View", "last_line", "read_status", "views"]
+__all__ = ["DEAD", "View", "configured", "last_line", "read_status", "views"]
 
 _TAIL_BYTES = 2**16
 _ACTIVE = (State.submitted, State.running, State.stopping)
@@ -146,3 +148,11 @@ def _tail(path: Path) -> list[str]:
             return file.read().decode(errors="replace").splitlines()
     except OSError:
         return []
+
+
+def configured(run: RunDirectory, attempt: int, group: str, field: str) -> Any:
+    """A field of an attempt's configuration, which costs no import of what could check it; None if there is none."""
+    try:
+        return yaml.safe_load(run.config_of(attempt).read_text(encoding="utf-8"))[group][field]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None

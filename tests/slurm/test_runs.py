@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -156,8 +157,9 @@ def test_cancel_ends_a_job_for_good_or_saves_it(cluster: Cluster, project: Path)
     refused = launch(cluster, project, "resume", "mine", check=False)
     assert refused.returncode == 2
     assert f"job {run.job_id} RUNNING: it goes on by itself" in refused.stderr
-    saved = launch(cluster, project, "cancel", "mine", "--save").stdout
+    saved = launch(cluster, project, "cancel", "mine", "--save", "--no-requeue").stdout
     assert "is resumable: stopped on request (cancelled by" in saved
+    assert "to go on: launch resume" in saved
     job = cluster.until_state(run.job_id, "FAILED")
     assert (job["Restarts"], job["ExitCode"]) == ("0", "75:0")
     again = launch(cluster, project, "resume", "mine").stdout
@@ -169,6 +171,46 @@ def test_cancel_ends_a_job_for_good_or_saves_it(cluster: Cluster, project: Path)
     assert "is failed: cancelled by" in ended
     assert cluster.state(run.job_id) == "CANCELLED"
     assert run.ended == ["resumable", "failed"]
+
+
+def test_cancel_save_saves_and_the_job_goes_on_by_itself(
+    cluster: Cluster, project: Path, undisturbed: dict[int, str]
+) -> None:
+    run = submit(cluster, project, *TWO_BY_TWO, "job.sleep=0.3")
+    run.until_step(4)
+    said = launch(cluster, project, "cancel", "mine", "--save").stdout
+    assert f"asked job {run.job_id} to stop and save, and to go on" in said
+    assert re.search(r"is submitted: stopped on request \(asked for by .*\) after step \d+; back in the queue", said)
+    assert f"job {run.job_id} goes on by itself" in said
+    waits = launch(cluster, project, "cancel", "mine", "--save", check=False)
+    assert waits.returncode == 2, waits
+    assert f"Job {run.job_id} waits in the queue (BeginTime) and goes on by itself: there is nothing" in waits.stderr
+    run.until_state("finished")
+    assert run.digest == undisturbed[4]
+    assert run.ended == ["resumable", "finished"]
+    assert run.steps() == list(range(1, STEPS + 1)), "no step twice, none left out"
+    assert cluster.job(run.job_id)["Restarts"] == "1"
+
+
+def test_a_job_that_may_not_be_requeued_is_saved_and_stays_stopped(cluster: Cluster, project: Path) -> None:
+    run = submit(cluster, project, *TWO_BY_TWO, "train.max_steps=10000", "cluster.requeue=false")
+    run.until_step(3)
+    refused = launch(cluster, project, "cancel", "mine", "--save", "--requeue", check=False)
+    assert refused.returncode == 2
+    assert "cluster.requeue=false" in refused.stderr
+    said = launch(cluster, project, "cancel", "mine", "--save").stdout
+    assert "is resumable: stopped on request" in said
+    assert "to go on: launch resume" in said
+    assert cluster.until_state(run.job_id, "FAILED")["ExitCode"] == "75:0"
+
+
+def test_a_job_that_waits_is_taken_out_of_the_queue_to_be_resumed(cluster: Cluster, project: Path) -> None:
+    run = submit(cluster, project, *TWO_BY_TWO, "train.max_steps=2", "+cluster.sbatch.begin=now+1hour")
+    launch(cluster, project, "cancel", "mine", "--save", "--no-requeue")
+    assert run.status["state"] == "resumable"
+    assert cluster.state(run.job_id) == "CANCELLED"
+    launch(cluster, project, "resume", "mine", "~cluster.sbatch.begin")
+    run.until_state("finished")
 
 
 def test_scancel_ends_a_job_for_good(cluster: Cluster, project: Path) -> None:

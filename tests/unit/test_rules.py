@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.config.rules import accumulation_steps, check, shard_ranks, world_size
+from launcher.config.rules import check
+from launcher.config.sizes import accumulation_steps, shard_ranks, world_size
 from launcher.errors import ConfigurationError
 from tests.unit.configs import good_config
 

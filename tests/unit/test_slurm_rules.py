@@ -83,6 +83,13 @@ class TestBatchFile:
         assert "--cpus-per-task=12" in srun, "srun drops it unless it is told again"
         assert "--kill-on-bad-exit=1" in srun
 
+    def test_a_range_of_nodes_leaves_the_number_of_tasks_to_what_is_there(self) -> None:
+        written = text(cluster__nodes="1-2")
+        assert "#SBATCH --nodes=1-2\n" in written
+        assert "#SBATCH --ntasks" not in written, "SLURM would give no more nodes than the fewest"
+        (srun,) = [line for line in written.splitlines() if line.startswith("srun")]
+        assert "--ntasks-per-node=1 " in srun
+
     def test_what_is_not_asked_for_is_left_to_the_cluster(self) -> None:
         written = text()
         for word in ("partition", "account", "qos", "mem", "gpus", "cpus-per-task", "wckey", "array"):

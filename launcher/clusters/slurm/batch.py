@@ -18,6 +18,7 @@ from submitit.slurm.slurm import SlurmExecutor
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.setup import setup_lines
 from launcher.config.schema import RunConfig
+from launcher.config.sizes import node_range
 from launcher.environment import outside_of_jobs
 from launcher.errors import RequestError
 from launcher.observe.terminal import say
@@ -144,17 +145,20 @@ def _executor(config: RunConfig, folder: Path, workdir: Path) -> SlurmExecutor:
 
 
 def _parameters(config: RunConfig, workdir: Path) -> dict[str, Any]:
-    cluster = config.cluster
+    cluster, nodes = config.cluster, node_range(config)
     more: dict[str, Any] = {"requeue" if cluster.requeue else "no-requeue": True, "chdir": str(workdir)}
     more |= {
         str(name).lstrip("-").replace("_", "-"): value
         for name, value in cluster.sbatch.items()
         if value is not None and value is not False
     }
+    if nodes.is_elastic:
+        more["nodes"] = str(nodes)  # submitit itself counts with a number
     parameters: dict[str, Any] = {
         "job_name": config.name,
-        "nodes": cluster.nodes,
-        "ntasks_per_node": 1,
+        "nodes": nodes.most,
+        # Given a range, sbatch makes of this the number of tasks on the fewest nodes, and SLURM then gives no more.
+        "ntasks_per_node": None if nodes.is_elastic else 1,
         "time": cluster.time_limit_min,
         "partition": cluster.partition,
         "account": cluster.account,
@@ -177,6 +181,8 @@ def _parameters(config: RunConfig, workdir: Path) -> dict[str, Any]:
 def _srun_arguments(config: RunConfig, workdir: Path) -> list[str]:
     cluster = config.cluster
     arguments = ["--kill-on-bad-exit=1"]
+    if node_range(config).is_elastic:
+        arguments.append("--ntasks-per-node=1")
     if cluster.cpus_per_task is not None:
         arguments.append(f"--cpus-per-task={cluster.cpus_per_task}")  # srun does not inherit it from sbatch
     if cluster.container_image is not None:

@@ -10,7 +10,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from launcher.rundir.records import read_json, recording, write_json
 __all__ = ["Channel", "Directive", "MissingNodesError", "join", "open_channel"]
 
 _POLL_SECONDS = 0.1
+_IDLE_SECONDS = 1.0
+"""Between two looks of a node that does not train."""
 _ANSWER = timedelta(seconds=20)
 """Of the store, to anything but waiting."""
 
@@ -38,6 +40,8 @@ class Directive:
 
     attempt: int | None = None
     """Work at this attempt."""
+    num_nodes: int = 0
+    """So many nodes do, from the first on; the others wait."""
     exit_code: int = 0
     """Or end with this."""
 
@@ -85,16 +89,28 @@ class Channel:
             reasons.append(f"{names[node]} ({node + 1} of {self.place.num_nodes}): {why}")
         return "node(s) that did not join the run: " + "; ".join(reasons)
 
+    def hosts(self, num_nodes: int) -> list[str]:
+        """The names of the first nodes, which have arrived."""
+        return [self._store.get(f"arrived/{node}").decode() for node in range(num_nodes)]
+
     def direct(self, directive: Directive) -> None:
         """On the first node: say what comes next."""
-        content = {"attempt": directive.attempt, "exit_code": directive.exit_code}
-        self._store.set(f"directive/{self._turn}", json.dumps(content))
+        self._store.set(f"directive/{self._turn}", json.dumps(asdict(directive)))
         self._turn += 1
 
-    def next_directive(self, timeout_seconds: float) -> Directive:
-        """On the others: wait for what the first node says. Raises an error of the store's if it says nothing."""
+    def next_directive(self, timeout_seconds: float | None) -> Directive:
+        """On the others: wait for what the first node says.
+
+        Args:
+            timeout_seconds: None: as long as the first node is there.
+
+        Raises:
+            an error of the store's: it says nothing, or is gone.
+        """
         key = f"directive/{self._turn}"
-        self._store.wait([key], timedelta(seconds=timeout_seconds))
+        while timeout_seconds is None and not self._store.check([key]):
+            time.sleep(_IDLE_SECONDS)
+        self._store.wait([key], timedelta(seconds=timeout_seconds or 0.0))
         self._turn += 1
         return Directive(**json.loads(self._store.get(key)))
 
@@ -110,10 +126,10 @@ class Channel:
         """All that this node had to write about an attempt is written."""
         self._store.set(f"ended/{attempt}/{self.place.node}", "")
 
-    def wait_until_ended(self, attempt: int | str, timeout_seconds: float) -> None:
-        """On the first node: until the others have said so, or are not expected to any more."""
+    def wait_until_ended(self, attempt: int | str, num_nodes: int, timeout_seconds: float) -> None:
+        """On the first node: until the others of ``num_nodes`` have said so, or are not expected to any more."""
         deadline = time.monotonic() + timeout_seconds
-        others = [f"ended/{attempt}/{node}" for node in range(1, self.place.num_nodes)]
+        others = [f"ended/{attempt}/{node}" for node in range(1, num_nodes)]
         while others and not self._store.check(others) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
 

@@ -29,6 +29,7 @@ from launcher.clusters.slurm.queue import NoQueueError, QueueError
 from launcher.clusters.slurm.watch import Deadline
 from launcher.config.files import load_config
 from launcher.config.schema import RunConfig
+from launcher.config.sizes import misfits, usable_nodes, world_size
 from launcher.environment import JobPlace
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE, RequestError, RunError
 from launcher.observe.terminal import say
@@ -79,7 +80,7 @@ def lead(run: RunDirectory, config: RunConfig, place: JobPlace, submission: Path
         traceback.print_exc()
         code = _end_without_attempt(run, f"the first node failed: {type(error).__name__}: {error}")
     channel.direct(Directive(exit_code=code))
-    channel.wait_until_ended("all", _FAREWELL_SECONDS)
+    channel.wait_until_ended("all", place.num_nodes, _FAREWELL_SECONDS)
     return code
 
 
@@ -95,6 +96,8 @@ class _Turn:
     _lock: RunLock | None = None
     _first: int | None = None
     """The attempt that follows the submission."""
+    _num_nodes: int = 0
+    """That train, of those that there are."""
 
     def run(self) -> int:
         run, forwarder = self._run, self._forwarder
@@ -107,12 +110,8 @@ class _Turn:
         attempt = self._take_over()
         config = load_config(run.config_of(attempt))
         lost = lost_in_a_row(run) if self._place.turn > 0 else 0
-        if lost > config.cluster.max_restarts:
-            return _end_without_attempt(
-                run,
-                f"given up: the last {lost} attempt(s) have published no newer checkpoint, and "
-                f"cluster.max_restarts={config.cluster.max_restarts}",
-            )
+        if reason := self._hopeless(config, lost):
+            return _end_without_attempt(run, reason)
         started = time.time()
         try:
             self._channel.wait_for_all(self._submission, lambda: forwarder.requested is not None)
@@ -126,6 +125,20 @@ class _Turn:
         Deadline(self._place.job_id, config.cluster.signal_lead_seconds, run, forwarder.request)
         self._first = attempt if self._place.turn == 0 else None
         return self._attempts(config, attempt, Restarts(run, config, already=lost))
+
+    def _hopeless(self, config: RunConfig, lost: int) -> str | None:
+        """Why there is to be no attempt in this turn."""
+        there, allowed = self._place.num_nodes, config.cluster.max_restarts
+        self._num_nodes = usable_nodes(config, there)
+        if lost > allowed:
+            return (
+                f"given up: the last {lost} attempt(s) have published no newer checkpoint, and "
+                f"cluster.max_restarts={allowed}"
+            )
+        if self._num_nodes == 0:  # somebody has changed the job: what was submitted fits
+            why = " ".join(map(str, misfits(config, world_size(config, there))))
+            return f"the job has {there} node(s), which cannot share the run: {why}"
+        return None
 
     def _take_over(self) -> int:
         """Become the current attempt: what is left of an earlier one, on a node that SLURM has given up, ends."""
@@ -148,22 +161,24 @@ class _Turn:
         except RunError as error:  # the file server has not noticed yet that a lost node is gone; the fence holds
             say(f"warning: going on without the run's lock: {error}", error=True)
         record_lost_attempts(run, previous, before=attempt)
-        job = Status.read(run.status).now(State.running, attempt=attempt, job_id=self._place.job_id, reason=None)
-        job.write(run.status)
+        status = Status.read(run.status)
+        status = status.now(State.running, attempt=attempt, hosts=(), job_id=self._place.job_id, reason=None)
+        status.write(run.status)
         return attempt
 
     def _attempts(self, config: RunConfig, attempt: int, restarts: Restarts) -> int:
         """Attempts until one ends well, on request, or so that another would not help here."""
         run, channel = self._run, self._channel
         while True:
-            begin_attempt(run, attempt, stopping=self._forwarder.requested is not None)
+            begin_attempt(run, attempt, self._forwarder.requested is not None, channel.hosts(self._num_nodes))
             started = time.time()
-            say(f"attempt {attempt} of {run.path}, {where(restarts.newest_step)}")
-            channel.direct(Directive(attempt))
-            result = work(run, config, attempt, channel, self._forwarder)
+            say(f"attempt {attempt} of {run.path}, {where(restarts.newest_step)}, on {self._in_words()}")
+            directive = Directive(attempt, self._num_nodes)
+            channel.direct(directive)
+            result = work(run, directive, channel, self._forwarder)
             if isinstance(result, dict):
                 return self._end(config, attempt, started, result[0])
-            channel.wait_until_ended(attempt, _REPORTS_SECONDS)
+            channel.wait_until_ended(attempt, self._num_nodes, _REPORTS_SECONDS)
             if not Fence(run, attempt).holds():
                 return EXIT_RESUMABLE
             if is_cancelled_at_once(run):
@@ -177,6 +192,10 @@ class _Turn:
             if refusal is not None:
                 return failure.exit_code
             attempt += 1
+
+    def _in_words(self) -> str:
+        used, there = self._num_nodes, self._place.num_nodes
+        return f"{used} node(s)" if used == there else f"{used} of {there} nodes, which the global batch divides over"
 
     def _refusal(self, attempt: int, started: float, failure: Failure, restarts: Restarts) -> str | None:
         """Write down a failure; why no other attempt follows it in this allocation, or None if one does."""
@@ -216,9 +235,9 @@ class _Turn:
             end_run(run, attempt, started, State.resumable, f"{reason}; SLURM has ended this turn of the job")
             return EXIT_RESUMABLE
         end_run(run, attempt, started, State.resumable, reason)
-        Cancellation.clear(run)
         status = Status.read(run.status)
-        status.now(State.submitted, attempt=attempt + 1, reason=f"{reason}; back in the queue").write(run.status)
+        queued = f"{reason}; back in the queue"
+        status.now(State.submitted, attempt=attempt + 1, hosts=(), reason=queued).write(run.status)
         try:
             queue.requeue(self._place.job_id)
         except QueueError as error:
@@ -227,6 +246,7 @@ class _Turn:
             status.now(State.resumable, reason=why).write(run.status)
             say(why, error=True)
             return EXIT_RESUMABLE
+        Cancellation.clear(run)  # last: whoever has asked waits for it
         return EXIT_FINISHED
 
     def _job_goes_on(self) -> bool:

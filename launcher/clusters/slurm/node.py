@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from launcher.clusters.agent import Node, StopForwarder, WorkersDiedError, run_workers
 from launcher.clusters.deaths import silent_death
-from launcher.clusters.slurm.channel import Channel, join
+from launcher.clusters.slurm.channel import Channel, Directive, join
 from launcher.clusters.slurm.network import address_towards, interface_of
 from launcher.clusters.slurm.watch import FailureWatch, watch_fence
 from launcher.config.files import load_config
@@ -71,7 +71,7 @@ def _follow(run: RunDirectory, config: RunConfig, place: JobPlace, submission: P
         return EXIT_FAILED
     use_network(config.cluster.interface, channel.address)
     channel.arrive()
-    timeout = float(config.cluster.rendezvous_timeout_seconds)
+    timeout: float | None = config.cluster.rendezvous_timeout_seconds
     while True:
         try:
             directive = channel.next_directive(timeout)
@@ -81,23 +81,29 @@ def _follow(run: RunDirectory, config: RunConfig, place: JobPlace, submission: P
         if directive.attempt is None:
             channel.say_ended("all")
             return directive.exit_code
-        work(run, load_config(run.config_of(directive.attempt)), directive.attempt, channel, forwarder)
+        if place.node >= directive.num_nodes:
+            print(f"attempt {directive.attempt}: not needed here, {directive.num_nodes} node(s) train", flush=True)
+            timeout = None
+            continue
+        work(run, directive, channel, forwarder)
         channel.say_ended(directive.attempt)
         timeout = _DECISION_SECONDS
 
 
 def work(
-    run: RunDirectory, config: RunConfig, attempt: int, channel: Channel, forwarder: StopForwarder
+    run: RunDirectory, directive: Directive, channel: Channel, forwarder: StopForwarder
 ) -> dict[int, Outcome] | list[Failure]:
     """This node's part of an attempt.
 
     Returns:
         The outcome of each rank here; or, if the attempt has failed, those deaths here that nobody else explains.
     """
-    place, num_workers = channel.place, config.cluster.processes_per_node
+    place, attempt = channel.place, directive.attempt
+    assert attempt is not None
+    num_workers = load_config(run.config_of(attempt)).cluster.processes_per_node
     assert num_workers is not None
     watched, failures = watch_fence(Fence(run, attempt)), FailureWatch(channel, attempt)
-    node = Node(place.node, place.num_nodes, channel.address, channel.port, failures.has_failed)
+    node = Node(place.node, directive.num_nodes, channel.address, channel.port, failures.has_failed)
     log = run.agent_log(attempt, place.node)
     try:
         return run_workers(run.path, attempt, num_workers, log, forwarder, node)

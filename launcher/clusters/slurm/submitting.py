@@ -6,7 +6,7 @@ import secrets
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +17,8 @@ from launcher.clusters.folders import shown
 from launcher.clusters.slurm import batch, queue
 from launcher.clusters.slurm.elements import alive, element, known_elements
 from launcher.clusters.slurm.snapshot import take_snapshot
-from launcher.config.rules import world_size
 from launcher.config.schema import RunConfig
+from launcher.config.sizes import accumulation_steps, node_range, usable_nodes, world_size
 from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State, Status, read_json, write_json
 from launcher.rundir.records import recording
@@ -84,13 +84,13 @@ def submit(config: RunConfig, command: Sequence[str], job_may_change: bool = Fal
     finally:
         sent.release()
     path = shlex.quote(shown(entry.run.path))
-    workers = f"{config.cluster.nodes} node(s) with {config.cluster.processes_per_node} worker(s) each"
+    workers = f"{node_range(config)} node(s) with {config.cluster.processes_per_node} worker(s) each"
     say(f"submitted: job {job_id}, {workers} on {config.device.value}")
     say(f"run: {shown(entry.run.path)}")
     for change in entry.changes:
         say(f"changed: {change.key}: {change.before} → {change.after}")
     say(f"to look at it: launch status {path}; launch logs {path} -f")
-    say(f"to end it: launch cancel {path} (--save to save first)")
+    say(f"to end it: launch cancel {path}; to save first, and resume it some day: with --save --no-requeue")
     return entry.run
 
 
@@ -151,8 +151,20 @@ def check(config: RunConfig) -> bool:
     say(text)
     accepted, words = batch.test_only(text)
     say(f"SLURM says: {words}" if accepted else f"SLURM would refuse it: {words}", error=not accepted)
-    say(f"{world_size(config)} worker(s) on {config.device.value}; nothing was submitted")
+    for line in _shares(config):
+        say(line)
+    say("nothing was submitted")
     return accepted
+
+
+def _shares(config: RunConfig) -> Iterator[str]:
+    """For each number of machines that there may be, who shares the global batch, and how."""
+    for count in node_range(config).counts:
+        usable = usable_nodes(config, count)
+        workers = world_size(config, usable)
+        of_them = "" if usable == count else f", of which {usable} train"
+        micro = f"{accumulation_steps(config, workers)} micro-batch(es) of {config.train.micro_batch_size} in a step"
+        yield f"on {count} node(s){of_them}: {workers} worker(s) on {config.device.value}, each {micro}"
 
 
 def _prepared(config: RunConfig, entry: Entry, run_dir: str | None) -> _Sent:
