@@ -149,7 +149,8 @@ def test_a_stream_is_refused_before_the_number_of_nodes_has_changed(cluster: Clu
     stream += "    def load_state_dict(self, state):\n        pass\n"
     own = (project / "own_job.py").read_text()
     own = own.replace("class Own(", f"{stream}\n\nclass Own(").replace(
-        "        inputs = torch.randn", "        return Stream()\n        inputs = torch.randn"
+        "        inputs = torch.randn",
+        "        if split == 'train':\n            return Stream()\n        inputs = torch.randn",
     )
     (project / "own_job.py").write_text(own)
     run = submit(cluster, project, "cluster.nodes=1-2", "cluster.processes_per_node=2")

@@ -108,9 +108,10 @@ class Channel:
             an error of the store's: it says nothing, or is gone.
         """
         key = f"directive/{self._turn}"
-        while timeout_seconds is None and not self._store.check([key]):
+        if timeout_seconds is not None:
+            self._store.wait([key], timedelta(seconds=timeout_seconds))
+        while not self._store.check([key]):
             time.sleep(_IDLE_SECONDS)
-        self._store.wait([key], timedelta(seconds=timeout_seconds or 0.0))
         self._turn += 1
         return Directive(**json.loads(self._store.get(key)))
 
