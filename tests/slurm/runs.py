@@ -60,7 +60,9 @@ class Submitted:
             state = self.status["state"]
             if state not in states and state in ("failed", "finished"):  # between two attempts it is so for a moment
                 assert self.cluster.state(self.job_id) in ("RUNNING", "PENDING"), self.told()
-            return state in states
+            # Rank 0 says that the run has finished; the first node writes down how the attempt has ended after that.
+            recorded = state != "finished" or self.ended[-1:] == ["finished"]
+            return state in states and recorded
 
         until(there, f"{states}: {self.status}", timeout_seconds)
 
