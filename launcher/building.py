@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from launcher.checkpoint import CheckpointStore, Found, Manifest
 from launcher.checkpoint.finding import find_newest_valid
@@ -74,14 +75,9 @@ def build_trainer(
     # The user's code builds data before the generators are set: it may draw from them.
     dataset, validation = checked_dataset(job, "train"), checked_dataset(job, "validation")
     assert dataset is not None
-    _refuse_best_of_nothing(config, job, validation)
+    _refuse_unfit_data(config, job, dataset, validation)
     shape = BatchShape(train.micro_batch_size, accumulation_steps(config, ranks.world_size), ranks.world_size)
     data = training_data(job, dataset, shape, ranks.rank, config.seed)
-    if data.num_samples is None and node_range(config).is_elastic:  # now, not when the number has changed
-        raise JobError(
-            f"cluster.nodes={config.cluster.nodes} with an IterableDataset ({type(dataset).__name__}): its state "
-            "belongs to one number of ranks. Use one number of machines, or a map-style dataset."
-        )
     found = _find(store, config, ranks)
     done = found.checkpoint.manifest if found.checkpoint is not None else None
     before = (done.step, done.samples) if done is not None else (0, 0)
@@ -162,13 +158,18 @@ def build_learner(
     )
 
 
-def _refuse_best_of_nothing(config: RunConfig, job: Job, validation: object) -> None:
-    """Before anything is trained: nobody would notice that no best checkpoint is kept until it is wanted."""
+def _refuse_unfit_data(config: RunConfig, job: Job, dataset: object, validation: object) -> None:
+    """Before anything is trained: what would be noticed only when the best checkpoint is wanted, or a node is lost."""
     keep = config.checkpoint.keep_best
     if config.checkpoint.enabled and keep and validation is None:
         raise JobError(
             f"checkpoint.keep_best={keep}, but {type(job).__name__}.build_dataset('validation') returned None: there "
             "is nothing to judge the best by. Return a validation dataset, or use checkpoint.keep_best=0."
+        )
+    if isinstance(dataset, IterableDataset) and node_range(config).is_elastic:
+        raise JobError(
+            f"cluster.nodes={config.cluster.nodes} with an IterableDataset ({type(dataset).__name__}): its state "
+            "belongs to one number of ranks. Use one number of machines, or a map-style dataset."
         )
 
 

@@ -27,6 +27,7 @@ from launcher.compression.feedback import Feedback
 from launcher.compression.links import Parcel, Pending, Team
 from launcher.compression.pipeline import Chunk, Course, Pipeline
 from launcher.compression.reduction import Reduction
+from launcher.compression.span import Buffers, Span
 from launcher.compression.terms import StepTerms
 
 __all__ = ["Exchange", "Sizes"]
@@ -49,41 +50,6 @@ class Sizes:
     """Chunks under way."""
 
 
-class _Slot:
-    """The buffers of one chunk under way, for pieces of up to ``numel`` values."""
-
-    def __init__(self, numel: int, codec: Codec, team: Team) -> None:
-        grid, device = team.grid, team.device
-        pieces = grid.num_hosts * codec.encoded_bytes(numel)
-        self.host = torch.empty((grid.ranks_per_host - 1) * grid.num_hosts * numel, device=device)
-        self.sent, self.received = torch.empty(2, pieces, dtype=torch.uint8, device=device)
-        self.means = torch.empty(grid.ranks_per_host * pieces, dtype=torch.uint8, device=device)
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Positions ``first`` to ``last`` of every shard, in one slot."""
-
-    job: Reduction
-    first: int
-    last: int
-    number: int
-    """Of all chunks of the exchange, the same on every rank."""
-    slot: _Slot
-
-    @property
-    def width(self) -> int:
-        return self.last - self.first
-
-    def length(self, owner: int) -> int:
-        """How many of the positions exist in an owner's shard."""
-        return self.job.length(owner, self.first, self.last)
-
-    def piece(self, owner: int) -> Tensor:
-        """This rank's own values there."""
-        return self.job.piece(owner, self.first, self.last)
-
-
 class Exchange:
     """A team and a codec: cuts reductions into chunks, which a pipeline runs.
 
@@ -103,9 +69,9 @@ class Exchange:
         self._numbers = count()
 
     @cached_property
-    def pipeline(self) -> Pipeline[_Slot]:
+    def pipeline(self) -> Pipeline[Buffers]:
         """The chunks' way; its buffers are made when they are first needed."""
-        slots = (_Slot(self._piece, self.codec, self.team) for _ in range(self._num_slots))
+        slots = (Buffers(self._piece, self.codec, self.team) for _ in range(self._num_slots))
         return Pipeline(slots, waits_aside=self.team.device.type != "cuda")
 
     @cached_property
@@ -124,8 +90,8 @@ class Exchange:
             last = min(first + piece, reduction.shard)
             yield partial(self._start, reduction, first, last, next(self._numbers))
 
-    def _start(self, reduction: Reduction, first: int, last: int, number: int, slot: _Slot) -> Course:
-        return self._course(_Chunk(reduction, first, last, number, slot))
+    def _start(self, reduction: Reduction, first: int, last: int, number: int, slot: Buffers) -> Course:
+        return self._course(Span(reduction, first, last, number, slot))
 
     def _padded(self, numel: int) -> int:
         """``numel`` and what is missing to whole blocks."""
@@ -147,10 +113,10 @@ class Exchange:
         start = index * self.codec.encoded_bytes(self._padded(width))
         return buffer[start : start + self.codec.encoded_bytes(self._padded(length))]
 
-    def _tag(self, chunk: _Chunk, stage: int, host: int = 0) -> int:
+    def _tag(self, chunk: Span, stage: int, host: int = 0) -> int:
         return ((chunk.number * 4 + stage) * self.team.grid.num_hosts + host) % _LARGEST_TAG
 
-    def _course(self, chunk: _Chunk) -> Course:
+    def _course(self, chunk: Span) -> Course:
         """A chunk's way, from here to there and back."""
         grid, job = self.team.grid, chunk.job
         sent: list[Pending] = []
@@ -175,7 +141,7 @@ class Exchange:
                         self._read_means(chunk, place)
         return sent
 
-    def _send_within_host(self, chunk: _Chunk) -> Pending:
+    def _send_within_host(self, chunk: Span) -> Pending:
         grid = self.team.grid
         send, receive = [], []
         for place, peer in enumerate(grid.ranks[grid.host]):
@@ -187,14 +153,14 @@ class Exchange:
                 receive.append(Parcel(self._from_host(chunk, place, host), peer, tag))
         return self.team.exchange(receive, send)
 
-    def _from_host(self, chunk: _Chunk, place: int, host: int) -> Tensor:
+    def _from_host(self, chunk: Span, place: int, host: int) -> Tensor:
         """Where the piece for ``host`` from the local rank in ``place`` arrives."""
         grid = self.team.grid
         others = place - (place > grid.place)
         start = (others * grid.num_hosts + host) * chunk.width
         return chunk.slot.host[start : start + chunk.length(grid.ranks[host][grid.place])]
 
-    def _scatter(self, chunk: _Chunk) -> Pending:
+    def _scatter(self, chunk: Span) -> Pending:
         """Encode what each host's owner is to have, this host's ranks summed."""
         grid, job = self.team.grid, chunk.job
         tag = self._tag(chunk, _SCATTER)
@@ -215,7 +181,7 @@ class Exchange:
             receive.append(Parcel(arriving, owner, tag))
         return self.team.exchange(receive, send)
 
-    def _add_up(self, chunk: _Chunk, host: int, first: int, last: int) -> Tensor:
+    def _add_up(self, chunk: Span, host: int, first: int, last: int) -> Tensor:
         """What this host's ranks have for the owner on ``host``, divided by the number of ranks; in whole blocks."""
         grid, each = self.team.grid, 1.0 / self.team.size
         values = self._workspace[0][: self._padded(last - first)]
@@ -230,7 +196,7 @@ class Exchange:
         values[last - first :].zero_()
         return values
 
-    def _means(self, chunk: _Chunk) -> Iterator[tuple[int, int, Tensor]]:
+    def _means(self, chunk: Span) -> Iterator[tuple[int, int, Tensor]]:
         """The means of this rank's own positions ``first`` to ``last``: FP32, in whole blocks."""
         grid = self.team.grid
         length = chunk.length(self.team.rank)
@@ -242,7 +208,7 @@ class Exchange:
                 self.codec.add_decoded(self._encoded(row, first, last), mean)
             yield first, last, mean
 
-    def _gather(self, chunk: _Chunk) -> Pending:
+    def _gather(self, chunk: Span) -> Pending:
         """Encode the means for all hosts."""
         grid, job = self.team.grid, chunk.job
         encoded = self._mean(chunk, grid.host, grid.place)
@@ -256,7 +222,7 @@ class Exchange:
             [Parcel(self._mean(chunk, host, grid.place), peer, tag) for host, peer in peers], send
         )
 
-    def _share(self, chunk: _Chunk) -> Pending:
+    def _share(self, chunk: Span) -> Pending:
         """Hand all means of this rank's place to the host's other ranks."""
         grid = self.team.grid
         width = grid.num_hosts * self.codec.encoded_bytes(self._padded(chunk.width))
@@ -266,13 +232,13 @@ class Exchange:
         send = [Parcel(rows[grid.place], peer, tag) for _, peer in peers]
         return self.team.exchange([Parcel(rows[place], peer, tag) for place, peer in peers], send)
 
-    def _mean(self, chunk: _Chunk, host: int, place: int) -> Tensor:
+    def _mean(self, chunk: Span, host: int, place: int) -> Tensor:
         """The encoded mean of what one rank owns."""
         grid = self.team.grid
         row = chunk.slot.means.view(grid.ranks_per_host, -1)[place]
         return self._row(row, host, chunk.width, chunk.length(grid.ranks[host][place]))
 
-    def _read_means(self, chunk: _Chunk, place: int) -> None:
+    def _read_means(self, chunk: Span, place: int) -> None:
         """Write the means that the ranks in one place of each host own to the target."""
         grid, job = self.team.grid, chunk.job
         for host in range(grid.num_hosts):

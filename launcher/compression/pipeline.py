@@ -37,31 +37,32 @@ class Flight:
     awaited: Sequence[Pending] = ()
     """What must arrive before it goes on; when its course has ended, what must have left before the slot is free."""
     failure: BaseException | None = None
-    _tasks: SimpleQueue[Callable[[], None]] = field(default_factory=SimpleQueue)
+    _tasks: SimpleQueue[Callable[[Flight], None]] = field(default_factory=SimpleQueue)
     _thread: threading.Thread | None = None
 
     def wait(self) -> None:
         """For what is awaited."""
         for pending in self.awaited:
-            pending.wait() if self.course is not None else pending.release()
+            if self.course is None:
+                pending.release()
+            else:
+                pending.wait()
 
     def wait_aside(self, then: Callable[[Flight], None]) -> None:
         """Wait in a thread, which calls ``then``."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="gradient-arrivals", daemon=True)
             self._thread.start()
-        self._tasks.put(lambda: self._wait_and(then))
+        self._tasks.put(then)
 
     def _work(self) -> None:
         while True:
-            self._tasks.get()()
-
-    def _wait_and(self, then: Callable[[Flight], None]) -> None:
-        try:
-            self.wait()
-        except BaseException as failure:  # raised where the chunk would have gone on
-            self.failure = failure
-        then(self)
+            then = self._tasks.get()
+            try:
+                self.wait()
+            except BaseException as failure:  # raised where the chunk would have gone on
+                self.failure = failure
+            then(self)
 
 
 class Pipeline(Generic[Slot]):

@@ -20,6 +20,8 @@ from launcher.training import generators, optimizer_state
 from launcher.training.batches import Data
 from launcher.training.step import Learner
 
+__all__ = ["aliases", "private_state", "restore", "shared_tensors"]
+
 _PRIVATE = {
     "random": dict,
     "buffers": dict,
@@ -30,8 +32,6 @@ _PRIVATE = {
     "optimizer_groups": list,
 }
 """What every rank's own file has."""
-
-__all__ = ["aliases", "private_state", "restore", "shared_tensors"]
 
 
 def shared_tensors(learner: Learner, rank: int) -> dict[str, Tensor]:

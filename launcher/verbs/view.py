@@ -20,8 +20,6 @@ __all__ = ["DEAD", "View", "configured", "last_line", "read_status", "views"]
 
 _TAIL_BYTES = 2**16
 _ACTIVE = (State.submitted, State.running, State.stopping)
-_NOT_STARTED = "launch: the job was not started: "
-"""How the batch file begins to say so."""
 DEAD = "dead"
 """A condition that no status.json names."""
 
@@ -84,10 +82,12 @@ class View:
 
     def _last_word(self) -> str | None:
         """What the batch file has said in the log of its job: an array's lies beside the runs."""
+        from launcher.clusters.slurm.setup import NOT_STARTED  # costs more than most looks do
+
         name = f"*/{self.job_id}_0_log.out"
         logs = [*self.run.submission.glob(name), *self.run.path.parent.parent.glob(f".sweeps/{name}")]
         for log in logs:
-            said = [line for line in _tail(log) if line.startswith(_NOT_STARTED)]
+            said = [line for line in _tail(log) if line.startswith(NOT_STARTED)]
             if said:
                 return said[-1].removeprefix("launch: ")
         return None

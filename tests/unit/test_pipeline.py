@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -31,7 +32,7 @@ class Diary:
             self.most = max(self.most, len(self.in_use))
             for stage in range(stages):
                 self.entries.append(("sent", number, stage))
-                yield _Waiting(lambda stage=stage: wait(number, stage))  # type: ignore[misc]
+                yield _Waiting(partial(wait, number, stage))
                 self.entries.append(("arrived", number, stage))
             self.entries.append(("done", number, 0))
             return [_Leaving(lambda: self.in_use.remove(slot))]

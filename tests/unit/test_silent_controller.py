@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.clusters.slurm.leading import patiently_shown
+from launcher.clusters.slurm import queue
 
 
 def _scontrol(folder: Path, monkeypatch: pytest.MonkeyPatch, silent_times: int) -> Path:
@@ -24,12 +24,13 @@ def _scontrol(folder: Path, monkeypatch: pytest.MonkeyPatch, silent_times: int) 
 
 def test_a_controller_that_is_silent_once_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = _scontrol(tmp_path, monkeypatch, silent_times=1)
-    job = patiently_shown("7", patience=20)
-    assert job is not None
-    assert job["JobState"] == "RUNNING"
+    assert queue.show("7", patience_seconds=20)["JobState"] == "RUNNING"
     assert asked.read_text().count("\n") == 2
 
 
-def test_a_controller_that_never_answers_is_no_ended_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_controller_that_never_answers_is_told_from_one_that_knows_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _scontrol(tmp_path, monkeypatch, silent_times=1000)
-    assert patiently_shown("7", patience=0) is None
+    with pytest.raises(queue.QueueError, match="Socket timed out"):
+        queue.show("7", patience_seconds=0)

@@ -43,7 +43,7 @@ from launcher.rundir.records import drop_cut_line, recording
 if TYPE_CHECKING:
     from launcher.training.loop import Outcome
 
-__all__ = ["lead", "patiently_shown"]
+__all__ = ["lead"]
 
 _LOCK_PATIENCE_SECONDS = 30.0
 _REPORTS_SECONDS = 30.0
@@ -51,7 +51,6 @@ _REPORTS_SECONDS = 30.0
 _FAREWELL_SECONDS = 10.0
 _PATIENCE_SECONDS = 20.0
 """How long a silent controller is asked again; SLURM's KillWait, 30 s by default, may be running."""
-_PAUSE_SECONDS = 1.0
 
 
 def lead(run: RunDirectory, config: RunConfig, place: JobPlace, submission: Path, forwarder: StopForwarder) -> int:
@@ -228,7 +227,7 @@ class _Turn:
         if not config.cluster.requeue or (request is not None and not request.requeue):
             end_run(run, attempt, started, State.resumable, reason)
             return EXIT_RESUMABLE
-        job = patiently_shown(self._place.job_id)
+        job = self._job()
         if job is not None and job.get("JobState") != "RUNNING":
             # Cancelled, or requeued by SLURM itself: both look alike (COMPLETING) until these processes have ended, and
             # scontrol would requeue a cancelled job too.
@@ -249,6 +248,13 @@ class _Turn:
         Cancellation.clear(run)  # last: whoever has asked waits for it
         return EXIT_FINISHED
 
+    def _job(self) -> dict[str, str] | None:
+        """What SLURM says of the job; None if it cannot be asked here, or does not answer."""
+        try:
+            return queue.show(self._place.job_id, _PATIENCE_SECONDS)
+        except QueueError:
+            return None
+
     def _job_goes_on(self) -> bool:
         """Whether SLURM still counts on this turn of the job: it may have given up a node, this one included."""
         try:
@@ -258,20 +264,6 @@ class _Turn:
         except QueueError:  # this node is cut off
             return False
         return job.get("JobState") == "RUNNING" and job.get("Restarts", "0") == str(self._place.turn)
-
-
-def patiently_shown(job_id: str, patience: float = _PATIENCE_SECONDS) -> dict[str, str] | None:
-    """What SLURM says of a job; None if it cannot be asked here, or has not answered for this many seconds."""
-    end = time.monotonic() + patience
-    while True:
-        try:
-            return queue.show(job_id)
-        except NoQueueError:
-            return None
-        except QueueError:
-            if time.monotonic() >= end:
-                return None
-            time.sleep(_PAUSE_SECONDS)
 
 
 def _end_without_attempt(run: RunDirectory, reason: str) -> int:

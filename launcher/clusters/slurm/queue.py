@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 __all__ = ["NoQueueError", "QueueError", "SlurmJob", "ask", "cancel", "hostnames", "requeue", "scripts_below", "show"]
 
 _TIMEOUT_SECONDS = 20.0
+_PAUSE_SECONDS = 1.0
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 _THERE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT")
 _FIELDS = "%i|%T|%r|%S|%N"
@@ -107,9 +109,28 @@ def scripts_below(folder: Path) -> dict[str, Path]:
     return {job_id: Path(script) for job_id, _, script in rows if Path(script).parent == folder}
 
 
-def show(job_id: str) -> dict[str, str]:
-    """``scontrol show job``, as fields; raises QueueError if SLURM cannot be asked, or has forgotten it."""
-    pairs = (word.partition("=") for word in run(["scontrol", "--oneliner", "show", "job", job_id]).split())
+def show(job_id: str, patience_seconds: float = 0.0) -> dict[str, str]:
+    """``scontrol show job``, as fields.
+
+    Args:
+        job_id: of the job.
+        patience_seconds: how long a SLURM that does not answer is asked again.
+
+    Raises:
+        QueueError: SLURM cannot be asked, or has forgotten it.
+    """
+    end = time.monotonic() + patience_seconds
+    while True:
+        try:
+            text = run(["scontrol", "--oneliner", "show", "job", job_id])
+            break
+        except NoQueueError:
+            raise
+        except QueueError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(_PAUSE_SECONDS)
+    pairs = (word.partition("=") for word in text.split())
     return {key: value for key, assigned, value in pairs if assigned}
 
 

@@ -9,13 +9,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from launcher.config.schema import RunConfig
 from launcher.errors import RequestError
 
-__all__ = ["setup_lines"]
+__all__ = ["NOT_STARTED", "setup_lines"]
 
+NOT_STARTED = "launch: the job was not started: "
+"""How the batch file begins to say so in the job's log."""
 _SAY_WHICH = (
-    """trap 'tminus_code=$?; [ -z "$tminus_line" ] || echo "launch: the job was not started: its setup """
+    f"""trap 'tminus_code=$?; [ -z "$tminus_line" ] || echo "{NOT_STARTED}its setup """
     """(cluster.modules, cluster.setup) has ended with exit code $tminus_code at: $tminus_line" >&2' EXIT"""
 )
-"""A trap, as a line may end the shell itself. ``verbs.view`` knows how this begins."""
+"""A trap, as a line may end the shell itself."""
 
 
 def setup_lines(config: RunConfig, environment: Mapping[str, str]) -> list[str]:
