@@ -23,7 +23,7 @@ from launcher.config.schema import Accumulate, Codec, CompressionConfig
 __all__ = ["Channel"]
 
 _SIZES = {
-    "cpu": Sizes(message_bytes=1 << 20, portion=1 << 16, num_slots=12),
+    "cpu": Sizes(message_bytes=1 << 20, portion=1 << 17, num_slots=6),
     "cuda": Sizes(message_bytes=1 << 23, portion=1 << 23, num_slots=2),
 }
 """On GPUs a launch must be worth its while, and there is no cache to stay in."""
