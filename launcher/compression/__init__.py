@@ -5,8 +5,8 @@
 
 from launcher.compression.attach import attach
 from launcher.compression.probe import OverflowProbe
-from launcher.compression.replicated import attach_replicated
+from launcher.compression.replicated import attach_replicated, preferred_bucket_mib
 from launcher.compression.sharded import attach_sharded
 from launcher.compression.wire import Wire
 
-__all__ = ["OverflowProbe", "Wire", "attach", "attach_replicated", "attach_sharded"]
+__all__ = ["OverflowProbe", "Wire", "attach", "attach_replicated", "attach_sharded", "preferred_bucket_mib"]

@@ -129,7 +129,7 @@ class Exchange:
             yield posted(self._send_within_host(chunk))
         yield posted(self._scatter(chunk))
         if not job.gathers:
-            for first, last, mean in self._means(chunk):
+            for first, last, mean in self._means(chunk, feedback=None):
                 job.target[chunk.first + first : chunk.first + last] = mean[: last - first]
         else:
             yield posted(self._gather(chunk))
@@ -172,8 +172,8 @@ class Exchange:
             length = chunk.length(owner)
             encoded = self._row(chunk.slot.sent, host, chunk.width, length)
             for first, last in self._portions(length):
-                values = self._add_up(chunk, host, first, last)
                 place_of_errors = host * job.shard + chunk.first + first
+                values = self._add_up(chunk, host, first, last, job.scattered, place_of_errors)
                 out = self._encoded(encoded, first, last)
                 self._encode(values, out, last - first, job.scattered, place_of_errors, job.terms)
             send.append(Parcel(encoded, owner, tag))
@@ -181,29 +181,36 @@ class Exchange:
             receive.append(Parcel(arriving, owner, tag))
         return self.team.exchange(receive, send)
 
-    def _add_up(self, chunk: Span, host: int, first: int, last: int) -> Tensor:
-        """What this host's ranks have for the owner on ``host``, divided by the number of ranks; in whole blocks."""
+    def _add_up(
+        self, chunk: Span, host: int, first: int, last: int, feedback: Feedback | None, place_of_errors: int
+    ) -> Tensor:
+        """What this host's ranks have for the owner on ``host``, divided by the number of ranks, and errors of before.
+
+        Returns whole blocks.
+        """
         grid, each = self.team.grid, 1.0 / self.team.size
         values = self._workspace[0][: self._padded(last - first)]
         out = values[: last - first]
+        total = None if feedback is None else feedback.carried(place_of_errors, out, chunk.job.terms)
         for place in range(grid.ranks_per_host):
             own = place == grid.place
             piece = chunk.piece(grid.ranks[host][place]) if own else self._from_host(chunk, place, host)
-            if place == 0:
+            if total is None:
                 torch.mul(piece[first:last], each, out=out)
             else:
-                out.add_(piece[first:last], alpha=each)
+                torch.add(total, piece[first:last], alpha=each, out=out)
+            total = out
         values[last - first :].zero_()
         return values
 
-    def _means(self, chunk: Span) -> Iterator[tuple[int, int, Tensor]]:
-        """The means of this rank's own positions ``first`` to ``last``: FP32, in whole blocks."""
+    def _means(self, chunk: Span, feedback: Feedback | None) -> Iterator[tuple[int, int, Tensor]]:
+        """This rank's positions ``first`` to ``last``, and their means with errors of before: FP32, whole blocks."""
         grid = self.team.grid
         length = chunk.length(self.team.rank)
         others = [host for host in range(grid.num_hosts) if host != grid.host]
         rows = [self._row(chunk.slot.received, host, chunk.width, length) for host in others]
         for first, last in self._portions(length):
-            mean = self._add_up(chunk, grid.host, first, last)
+            mean = self._add_up(chunk, grid.host, first, last, feedback, chunk.first + first)
             for row in rows:
                 self.codec.add_decoded(self._encoded(row, first, last), mean)
             yield first, last, mean
@@ -212,7 +219,7 @@ class Exchange:
         """Encode the means for all hosts."""
         grid, job = self.team.grid, chunk.job
         encoded = self._mean(chunk, grid.host, grid.place)
-        for first, last, mean in self._means(chunk):
+        for first, last, mean in self._means(chunk, job.gathered):
             out = self._encoded(encoded, first, last)
             self._encode(mean, out, last - first, job.gathered, chunk.first + first, job.terms)
         tag = self._tag(chunk, _GATHER)
@@ -253,18 +260,20 @@ class Exchange:
                     whole = self._workspace[1][: self._padded(last - first)]
                     self.codec.decode(portion, whole)
                     target.copy_(whole[: last - first])
+                if job.gathered is not None:
+                    job.terms.look(target)
 
     def _encode(
         self, values: Tensor, out: Tensor, length: int, feedback: Feedback | None, offset: int, terms: StepTerms
     ) -> None:
-        """Encode ``values`` with the errors kept from before; keep what is lost now."""
-        if feedback is not None:
-            feedback.add_to(values[:length], offset, terms.loss_scale)
+        """Encode ``values``; keep what is lost."""
         if feedback is None and not terms.measures:
             self.codec.encode(values, out)
             return
         lost = self._workspace[1][: values.numel()]
+        if feedback is not None and terms.is_unscaled and length == values.numel():
+            lost = feedback.room(offset, length)
         self.codec.encode(values, out, lost)
         terms.measure(values, lost)
         if feedback is not None:
-            feedback.keep(lost[:length], offset, terms.inverse_loss_scale)
+            feedback.keep(lost[:length], offset, terms)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from launcher.compression.terms import StepTerms
+
 __all__ = ["Feedback"]
 
 
@@ -24,22 +26,35 @@ class Feedback:
         self.fresh = torch.zeros(numel, device=device)
         """Of the step under way."""
         self._written = False
+        self._norm = torch.zeros((), device=device)
+        self._magnitude = torch.zeros((), device=device)
+        """Not finite once an error of the step under way is not."""
 
-    def add_to(self, values: Tensor, offset: int, loss_scale: Tensor) -> None:
-        """Add the kept errors from ``offset`` on to ``values``, which carry the loss scale."""
-        values.addcmul_(self.kept[offset : offset + values.numel()], loss_scale)
+    def carried(self, offset: int, out: Tensor, terms: StepTerms) -> Tensor:
+        """Kept errors from ``offset`` on, carrying the loss scale: in ``out``, FP32 (n,), or where they are kept."""
+        kept = self.kept[offset : offset + out.numel()]
+        return kept if terms.is_unscaled else torch.mul(kept, terms.loss_scale, out=out)
 
-    def keep(self, errors: Tensor, offset: int, inverse_loss_scale: Tensor) -> None:
-        """Remember this step's errors, which carry the loss scale."""
-        self._written = True
-        torch.mul(errors, inverse_loss_scale, out=self.fresh[offset : offset + errors.numel()])
+    def room(self, offset: int, length: int) -> Tensor:
+        """Where this step's errors from ``offset`` on are kept."""
+        return self.fresh[offset : offset + length]
+
+    def keep(self, errors: Tensor, offset: int, terms: StepTerms) -> None:
+        """Remember this step's errors, FP32 (n,), which carry the loss scale and may be where they are to be kept."""
+        room = self.room(offset, errors.numel())
+        if errors.data_ptr() != room.data_ptr():
+            torch.mul(errors, terms.inverse_loss_scale, out=room)
+        if not self._written:
+            self._magnitude.zero_()
+            self._written = True
+        # Looked at now, while they are in the cache: another reading of all errors would delay the next step.
+        self._magnitude.add_(torch.linalg.vector_norm(errors, out=self._norm))
 
     def is_spoilt(self) -> Tensor:
         """Whether the step under way has lost what is not finite, a bool scalar on the device."""
         if not self._written:
             return torch.zeros((), dtype=torch.bool, device=self.fresh.device)
-        norm: Tensor = torch.linalg.vector_norm(self.fresh)
-        return norm.isfinite().logical_not()
+        return self._magnitude.isfinite().logical_not()
 
     def settle(self, found_inf: Tensor) -> None:
         """The step has ended: applied (0), its errors are kept; skipped (1), they are forgotten."""

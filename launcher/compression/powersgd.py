@@ -20,6 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from launcher.compression.feedback import Feedback
 from launcher.compression.layout import Layout
 from launcher.compression.links import Team
+from launcher.compression.terms import StepTerms
 from launcher.compression.wire import Residue, Wire
 from launcher.config.schema import CompressionConfig
 
@@ -79,7 +80,7 @@ class PowerSGD:
         self._errors: dict[int, Feedback] = {}
         self._factors: dict[int, Feedback] = {}
         self._numel_sent: dict[int, int] = {}
-        self._one = torch.ones((), device=team.device)
+        self._unscaled = StepTerms(team.device)
         self._has_crossed = False
         self._thread: ThreadPoolExecutor | None = None
         wire.counters.append(team)
@@ -175,12 +176,12 @@ class PowerSGD:
                 self._factors[index] = Feedback(factors.numel(), factors.device)
                 self._factors[index].kept.copy_(self._noise(index, factors.numel()))
             fresh = torch.where(factors == 0, self._noise(index, factors.numel()) * _NOISE, factors)
-            self._factors[index].keep(fresh, 0, self._one)
+            self._factors[index].keep(fresh, 0, self._unscaled)
             if index in self._errors:
                 lost = state.error_dict[index]
                 if terms.measures:
                     terms.measure(mean + lost, lost)
-                self._errors[index].keep(lost, 0, terms.inverse_loss_scale)
+                self._errors[index].keep(lost, 0, terms)
         self._wire.crossed(mean)
         return mean
 

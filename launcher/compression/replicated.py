@@ -23,10 +23,11 @@ from launcher.compression.probe import OverflowProbe
 from launcher.compression.wire import Wire
 from launcher.config.schema import Codec, CompressionConfig
 
-__all__ = ["attach_replicated", "settle_buckets"]
+__all__ = ["attach_replicated", "preferred_bucket_mib", "settle_buckets"]
 
 _Future: Any = torch.futures.Future
 _Way = Callable[["_Bucket"], Any]
+_ENCODED_BUCKET_MIB = 8.0
 
 
 class _Bucket:
@@ -100,6 +101,15 @@ def attach_replicated(
     hook.instead = None
 
 
+def preferred_bucket_mib(codec: Codec, device: torch.device) -> float | None:
+    """DDP's ``bucket_cap_mb`` that suits a codec; None: torch's default.
+
+    What an encoder has sent is gone long before backward has filled torch's second bucket, of 25 MiB.
+    """
+    encodes = codec in (Codec.fp16, Codec.bf16, Codec.int8)
+    return _ENCODED_BUCKET_MIB if encodes and device.type == "cpu" else None
+
+
 def _choose(hook: _Hook, config: CompressionConfig, group: dist.ProcessGroup, wire: Wire) -> None:
     if config.codec is Codec.none:
         hook.send = _Summing(group, wire).send
@@ -153,7 +163,6 @@ class _Averaging:
         def finish() -> None:
             if values is not flat:
                 flat.copy_(values)
-            self._channel.wire.crossed(flat)
 
         chunks = tuple(self._channel.mean(bucket.index, values, bucket.layout))
         return self._courier.take(Errand(chunks, flat, finish))

@@ -209,7 +209,6 @@ class _Unit:
         self._replica(self._key, values, layout, self._shapes(layout))
         if values is not shard:
             shard.copy_(values)
-        self._wire.crossed(shard)
 
     def _prepare(self) -> None:
         """Make the memory of the errors now, so that a checkpoint finds its place."""

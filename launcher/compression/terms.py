@@ -1,4 +1,4 @@
-"""What is the same for all that is encoded in one step: the loss scale, and whether errors are measured."""
+"""What is the same for all that is encoded in one step: the loss scale, and what is looked at on the way."""
 
 from __future__ import annotations
 
@@ -19,15 +19,22 @@ class StepTerms:
         self.loss_scale = torch.ones((), device=device)
         """FP32 scalar: what the gradients are multiplied by."""
         self.inverse_loss_scale = torch.ones((), device=device)
+        self.is_unscaled = device.type == "cpu"
+        """Whether the loss scale is known to be 1 without waiting for a device."""
         self.measures = False
         """Whether this step measures what encoding loses."""
         self.lost = torch.zeros(2, dtype=torch.float64, device=device)
         """Sums of squares since they were last taken: of what was lost, of what was to be encoded."""
+        self.looks = False
+        """Whether results are looked at as they come, for a loop that does not say whether its step was applied."""
+        self._norm = torch.zeros((), device=device)
+        self._magnitude = torch.zeros((), device=device)
 
     def begin(self, loss_scale: Tensor, measures: bool) -> None:
         """A step begins."""
         self.loss_scale.copy_(loss_scale)
         torch.reciprocal(self.loss_scale, out=self.inverse_loss_scale)
+        self.is_unscaled = loss_scale.device.type == "cpu" and float(loss_scale) == 1.0
         self.measures = measures
 
     def measure(self, values: Tensor, lost: Tensor) -> None:
@@ -35,3 +42,15 @@ class StepTerms:
         if self.measures:
             norms = torch.stack([torch.linalg.vector_norm(lost), torch.linalg.vector_norm(values)])
             self.lost += norms.double().square()
+
+    def look(self, result: Tensor) -> None:
+        """See whether a part of a result is finite, if results are looked at."""
+        if self.looks:
+            norm = torch.linalg.vector_norm(result, out=self._norm if result.dtype is torch.float32 else None)
+            self._magnitude.add_(norm)
+
+    def take_non_finite(self) -> Tensor:
+        """Whether anything looked at since the last call was not finite, a bool scalar on the device."""
+        non_finite = self._magnitude.isfinite().logical_not()
+        self._magnitude.zero_()
+        return non_finite

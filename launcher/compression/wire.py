@@ -76,7 +76,6 @@ class Wire:
         self._scaler = scaler
         self._is_told = False
         self._crossed: set[Hashable] = set()
-        self._non_finite = torch.zeros((), dtype=torch.bool, device=device)
 
     def begin(self, loss_scale: Tensor, measures: bool = False) -> None:
         """A step begins.
@@ -86,6 +85,7 @@ class Wire:
             measures: whether to measure what encoding loses; see ``take_lost``.
         """
         self._is_told = True
+        self.terms.looks = False
         self.terms.begin(loss_scale, measures)
 
     def conclude(self, found_inf: Tensor) -> None:
@@ -105,12 +105,13 @@ class Wire:
             self._conclude_by_looks()
             scale = float(self._scaler.get_scale()) if self._scaler is not None else 1.0
             self.terms.begin(torch.full((), scale, device=self.device), measures=False)
+            self.terms.looks = True
         self._crossed.add(key)
 
     def crossed(self, result: Tensor) -> None:
-        """A flat tensor has come back."""
-        if not self._is_told and (self.residues or self.keepers):
-            self._non_finite |= ~torch.linalg.vector_norm(result).isfinite()
+        """A flat tensor has come back, by a way that does not look at it itself."""
+        if self.residues or self.keepers:
+            self.terms.look(result)
 
     def _conclude_by_looks(self) -> None:
         """The last step was applied if all that came back was finite, and all that was lost: what this rank has sent
@@ -119,10 +120,10 @@ class Wire:
         So ranks may keep or forget differently; each does what is right for its own.
         """
         self._crossed.clear()
+        non_finite = self.terms.take_non_finite()
         for residue in self.residues:
-            self._non_finite |= residue.feedback.is_spoilt()
-        self.conclude(self._non_finite.float())
-        self._non_finite.zero_()
+            non_finite |= residue.feedback.is_spoilt()
+        self.conclude(non_finite.float())
 
     def take_bytes(self) -> int:
         """Bytes that this rank has sent for gradients since the last call."""

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from launcher.compression import OverflowProbe, Wire, attach_replicated
+from launcher.compression import OverflowProbe, Wire, attach_replicated, preferred_bucket_mib
 from launcher.config.schema import Codec, CompressionConfig, ParallelConfig, Strategy, Wrap
 from launcher.errors import JobError
 from launcher.job import Job
@@ -147,11 +147,12 @@ def _replicated(job: Job, config: ParallelConfig, layout: Layout) -> ParallelMod
         return ParallelModel(model, model, num_gradient_copies=1, probe=None, wire=wire)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise JobError(f"{type(job).__name__}: every parameter is frozen; there is nothing to train.")
+    bucket_mib = config.bucket_mib or preferred_bucket_mib(layout.compression.codec, layout.device)
     training = DistributedDataParallel(
         model,
         device_ids=[layout.device] if layout.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        bucket_cap_mb=config.bucket_mib,
+        bucket_cap_mb=bucket_mib,
         find_unused_parameters=config.find_unused_parameters,
     )
     probe = OverflowProbe(layout.device) if layout.probe else None

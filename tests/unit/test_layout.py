@@ -13,6 +13,7 @@ from torch import Tensor
 from launcher.compression.feedback import Feedback
 from launcher.compression.layout import Layout, Slice, parse_key, slice_key
 from launcher.compression.links import Grid
+from launcher.compression.terms import StepTerms
 from launcher.compression.wire import Residue, Wire
 
 SHAPES = st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=3).map(torch.Size), min_size=1, max_size=4)
@@ -78,10 +79,14 @@ APPLIED, SKIPPED = torch.tensor(0.0), torch.tensor(1.0)
 
 def test_an_applied_step_keeps_its_errors_and_a_skipped_one_leaves_the_last() -> None:
     feedback = Feedback(4, CPU)
-    feedback.keep(torch.tensor([1.0, 2.0, 3.0, 4.0]), 0, torch.tensor(1.0))
+    terms = StepTerms(CPU)
+    feedback.keep(torch.tensor([1.0, 2.0, 3.0, 4.0]), 0, terms)
     feedback.settle(APPLIED)
     assert feedback.kept.tolist() == [1.0, 2.0, 3.0, 4.0]
-    feedback.keep(torch.full((4,), float("nan")), 0, torch.tensor(1.0))
+    assert not feedback.is_spoilt()
+    feedback.keep(torch.tensor([float("nan"), 0.0]), 0, terms)
+    feedback.keep(torch.zeros(2), 2, terms)
+    assert feedback.is_spoilt()
     feedback.settle(SKIPPED)
     assert feedback.kept.tolist() == [1.0, 2.0, 3.0, 4.0]
     feedback.settle(APPLIED)
@@ -90,12 +95,24 @@ def test_an_applied_step_keeps_its_errors_and_a_skipped_one_leaves_the_last() ->
 
 def test_errors_are_free_of_the_loss_scale() -> None:
     feedback = Feedback(3, CPU)
-    feedback.keep(torch.tensor([8.0, 16.0]), 1, torch.tensor(1 / 8))
+    terms = StepTerms(CPU)
+    terms.begin(torch.tensor(8.0), measures=False)
+    feedback.keep(torch.tensor([8.0, 16.0]), 1, terms)
     feedback.settle(APPLIED)
     assert feedback.kept.tolist() == [0.0, 1.0, 2.0]
-    values = torch.zeros(2)
-    feedback.add_to(values, 1, torch.tensor(16.0))
-    assert values.tolist() == [16.0, 32.0]
+    terms.begin(torch.tensor(16.0), measures=False)
+    assert feedback.carried(1, torch.empty(2), terms).tolist() == [16.0, 32.0]
+    terms.begin(torch.tensor(1.0), measures=False)
+    assert feedback.carried(1, torch.empty(2), terms).tolist() == [1.0, 2.0]
+
+
+def test_errors_written_where_they_are_kept_need_no_copy() -> None:
+    feedback, terms = Feedback(3, CPU), StepTerms(CPU)
+    room = feedback.room(1, 2)
+    room.copy_(torch.tensor([3.0, 4.0]))
+    feedback.keep(room, 1, terms)
+    feedback.settle(APPLIED)
+    assert feedback.kept.tolist() == [0.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize(
