@@ -19,7 +19,9 @@ class StepTerms:
         self.loss_scale = torch.ones((), device=device)
         """FP32 scalar: what the gradients are multiplied by."""
         self.inverse_loss_scale = torch.ones((), device=device)
-        self.is_unscaled = device.type == "cpu"
+        # In the host's own memory, so that reading it is no operation on a device.
+        self._scale_here = self.loss_scale.numpy() if device.type == "cpu" else None
+        self.is_unscaled = self._scale_here is not None
         """Whether the loss scale is known to be 1 without waiting for a device."""
         self.measures = False
         """Whether this step measures what encoding loses."""
@@ -34,7 +36,7 @@ class StepTerms:
         """A step begins."""
         self.loss_scale.copy_(loss_scale)
         torch.reciprocal(self.loss_scale, out=self.inverse_loss_scale)
-        self.is_unscaled = loss_scale.device.type == "cpu" and float(loss_scale) == 1.0
+        self.is_unscaled = self._scale_here is not None and float(self._scale_here) == 1.0
         self.measures = measures
 
     def measure(self, values: Tensor, lost: Tensor) -> None:
