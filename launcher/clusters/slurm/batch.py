@@ -16,6 +16,7 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmiss
 from submitit.slurm.slurm import SlurmExecutor
 
 from launcher.clusters.slurm import queue
+from launcher.clusters.slurm.aftermath import lines_after, lines_before
 from launcher.clusters.slurm.setup import setup_lines
 from launcher.config.schema import RunConfig
 from launcher.config.sizes import node_range
@@ -55,7 +56,7 @@ def sbatch(config: RunConfig, folder: Path, workdir: Path, tasks: Sequence[Argum
     from launcher.clusters.slurm.node import main
 
     with _outside_of_jobs():
-        executor = _executor(config, folder, workdir)
+        executor = _executor(config, folder, workdir, [Path(task[0]) for task in tasks])
         try:
             if len(tasks) == 1:
                 return [executor.submit(main, *tasks[0]).job_id]
@@ -108,10 +109,10 @@ def _found(folder: Path, tasks: Sequence[Arguments], words: str) -> list[str]:
     return ids
 
 
-def batch_file(config: RunConfig, folder: Path, workdir: Path) -> str:
+def batch_file(config: RunConfig, run: Path, folder: Path, workdir: Path) -> str:
     """The exact text that sbatch would be given."""
     with _outside_of_jobs():
-        executor = _executor(config, folder, workdir)
+        executor = _executor(config, folder, workdir, [run])
         return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
@@ -134,17 +135,17 @@ def test_only(text: str) -> tuple[bool, str]:
     return done.returncode == 0, words
 
 
-def _executor(config: RunConfig, folder: Path, workdir: Path) -> SlurmExecutor:
+def _executor(config: RunConfig, folder: Path, workdir: Path, runs: Sequence[Path]) -> SlurmExecutor:
     cluster = config.cluster
     try:
         executor = SlurmExecutor(folder, python=shlex.quote(cluster.python) if cluster.python is not None else None)
     except RuntimeError as error:
         raise RequestError(f"cluster=slurm: there is no srun here ({error}): submit from a login node.") from error
-    executor.update_parameters(**_parameters(config, workdir))
+    executor.update_parameters(**_parameters(config, workdir, runs))
     return executor
 
 
-def _parameters(config: RunConfig, workdir: Path) -> dict[str, Any]:
+def _parameters(config: RunConfig, workdir: Path, runs: Sequence[Path]) -> dict[str, Any]:
     cluster, nodes = config.cluster, node_range(config)
     more: dict[str, Any] = {"requeue" if cluster.requeue else "no-requeue": True, "chdir": str(workdir)}
     more |= {
@@ -167,7 +168,8 @@ def _parameters(config: RunConfig, workdir: Path) -> dict[str, Any]:
         "cpus_per_task": cluster.cpus_per_task,
         "mem": None if cluster.memory_gib is None else f"{round(cluster.memory_gib * 1024)}M",
         "signal_delay_s": max(1, cluster.signal_lead_seconds - _SLURM_EARLY_SECONDS),
-        "setup": setup_lines(config, os.environ),
+        "setup": [*lines_before(runs), *setup_lines(config, os.environ), "set +eu"],
+        "teardown": lines_after(config),
         "srun_args": _srun_arguments(config, workdir),
         "additional_parameters": more,
         "stderr_to_stdout": True,

@@ -89,6 +89,11 @@ class Channel:
             reasons.append(f"{names[node]} ({node + 1} of {self.place.num_nodes}): {why}")
         return "node(s) that did not join the run: " + "; ".join(reasons)
 
+    def names(self, nodes: Sequence[int]) -> list[str]:
+        """Of any nodes of the job."""
+        names = _node_names(self.place)
+        return [names[node] for node in nodes]
+
     def hosts(self, num_nodes: int) -> list[str]:
         """The names of the first nodes, which have arrived."""
         return [self._store.get(f"arrived/{node}").decode() for node in range(num_nodes)]
@@ -127,12 +132,24 @@ class Channel:
         """All that this node had to write about an attempt is written."""
         self._store.set(f"ended/{attempt}/{self.place.node}", "")
 
-    def wait_until_ended(self, attempt: int | str, num_nodes: int, timeout_seconds: float) -> None:
-        """On the first node: until the others of ``num_nodes`` have said so, or are not expected to any more."""
-        deadline = time.monotonic() + timeout_seconds
-        others = [f"ended/{attempt}/{node}" for node in range(1, num_nodes)]
-        while others and not self._store.check(others) and time.monotonic() < deadline:
+    def wait_until_ended(self, attempt: int | str, num_nodes: int, patience: Callable[[], float]) -> list[int]:
+        """On the first node: until the others of ``num_nodes`` have said so.
+
+        Args:
+            attempt: that has ended.
+            num_nodes: that were to take part.
+            patience: how long they may take, in seconds; asked again and again.
+
+        Returns:
+            Those that have not.
+        """
+        began = time.monotonic()
+        others = list(range(1, num_nodes))
+        while others := [node for node in others if not self._store.check([f"ended/{attempt}/{node}"])]:
+            if time.monotonic() - began > patience():
+                break
             time.sleep(_POLL_SECONDS)
+        return others
 
     def another(self) -> Channel:
         """A connection of its own, for another thread."""

@@ -85,8 +85,12 @@ def _follow(run: RunDirectory, config: RunConfig, place: JobPlace, submission: P
             print(f"attempt {directive.attempt}: not needed here, {directive.num_nodes} node(s) train", flush=True)
             timeout = None
             continue
-        work(run, directive, channel, forwarder)
-        channel.say_ended(directive.attempt)
+        try:
+            work(run, directive, channel, forwarder)
+            channel.say_ended(directive.attempt)
+        except RuntimeError as error:  # of torch's store
+            print(f"launch: the first node ({channel.address}) is gone: {error}", file=sys.stderr)
+            return EXIT_FAILED
         timeout = _DECISION_SECONDS
 
 

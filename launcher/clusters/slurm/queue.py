@@ -44,6 +44,11 @@ class SlurmJob:
         """Whether it is there, or will be: it may still write into the run."""
         return self.state in _WAITING + _THERE
 
+    @property
+    def waits(self) -> bool:
+        """Whether it is in the queue, to be started, or started again."""
+        return self.state in _WAITING
+
     def __str__(self) -> str:
         return f"job {self.job_id} {self.state}" + (f" ({self.reason})" if self.reason else "")
 

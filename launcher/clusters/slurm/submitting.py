@@ -147,7 +147,7 @@ def check(config: RunConfig) -> bool:
     """Print what would be submitted, and ask SLURM when it would start; returns whether it would."""
     run = Path(config.run_dir or Path(config.runs_root) / config.name / "ID").absolute()
     folder = run / "submission" / "0"
-    text = batch.batch_file(config, folder, folder / _CODE if config.cluster.snapshot else Path.cwd())
+    text = batch.batch_file(config, run, folder, folder / _CODE if config.cluster.snapshot else Path.cwd())
     say(text)
     accepted, words = batch.test_only(text)
     say(f"SLURM says: {words}" if accepted else f"SLURM would refuse it: {words}", error=not accepted)
