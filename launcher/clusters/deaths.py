@@ -20,6 +20,8 @@ def silent_death(run: RunDirectory, attempt: int, rank: int, exit_code: int) -> 
     log = run.rank_log(attempt, rank)
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:] if log.exists() else []
     message = f"The worker ended with exit code {exit_code} and no Python exception."
+    if exit_code == 0:
+        message = "The worker ended with exit code 0 before the run was finished: something has called os._exit(0)."
     if exit_code < 0:
         message = f"The worker was killed by {signal.Signals(-exit_code).name}."
     if exit_code == -signal.SIGKILL:

@@ -212,7 +212,7 @@ class _Turn:
     def _refusal(self, attempt: int, started: float, failure: Failure, restarts: Restarts) -> str | None:
         """Write down a failure; why no other attempt follows it in this allocation, or None if one does."""
         run = self._run
-        reason = f"rank {failure.rank}: {failure.message}"
+        reason = failure.reason
         has_stepped = len(reported_steps(run, attempt)) > 0
         refusal = restarts.refusal(failure, has_stepped, self._forwarder.requested is not None)
         explained = f"{reason} ({refusal})" if refusal else reason
