@@ -22,7 +22,7 @@ from launcher.checkpoint import CheckpointStore
 from launcher.config.files import load_config
 from launcher.config.schema import Device, RunConfig
 from launcher.environment import Ranks, slurm_job_id, thread_limit
-from launcher.errors import EXIT_FAILED, EXIT_FINISHED
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_UNWRITABLE
 from launcher.observe import Reporter, RunFacts, build_reporter
 from launcher.observe.ranklog import Streams, redirect_to_log
 from launcher.observe.terminal import Terminal
@@ -87,12 +87,16 @@ def live(run: RunDirectory, attempt: int, on_failure: Callable[[Failure, Streams
         return outcome
     except BaseException as error:
         failure = Failure.of(error, ranks.rank, ranks.host, log, life.steps_attempted)
-        failure.write(run.rank_failure(attempt, ranks.rank))
-        print(failure.traceback or failure.message, file=sys.stderr, flush=True)
-        life.close()
+        code = failure.exit_code
+        try:
+            failure.write(run.rank_failure(attempt, ranks.rank))
+            print(failure.traceback or failure.message, file=sys.stderr, flush=True)
+            life.close()
+        except OSError:  # the disk is full: the code alone can say so
+            code = EXIT_UNWRITABLE
         if on_failure is not None:
             on_failure(failure, streams)
-        os._exit(failure.exit_code)
+        os._exit(code)
 
 
 _alive: list[_Life] = []

@@ -78,11 +78,20 @@ class View:
             reason = self.status.reason if self.status is not None else None
             cancelled = self.condition == State.resumable.value and self._is_cancelled
             return f"cancelled (scancel); {reason}" if cancelled else reason
+        return self._death
+
+    @property
+    def _death(self) -> str:
+        """How a run has died, as far as that can be known."""
         if self.job_id is None:
             return "its launching process has ended without a word: killed, or its machine went down"
         if self.status is not None and self.status.state is State.submitted and self._is_cancelled:
             return "cancelled in the queue, before it began (scancel)"
         said = f"SLURM says: {self.job}" if self.job is not None else f"SLURM knows no job {self.job_id} any more"
+        if self.job is not None and self.job.is_unwritable:
+            return (
+                f"nothing could be written into its directory any more: the disk is full, or a quota used up ({said})"
+            )
         if last_word := last_words(self.run, self.job_id):
             return f"{last_word} ({said})"
         return f"its job has ended without a word: {said}; its tasks' own logs are in {self.run.submission}"

@@ -10,6 +10,7 @@ import pytest
 
 from launcher.clusters.slurm.aftermath import lines_after, lines_before
 from launcher.clusters.slurm.joblog import last_words, lost_words
+from launcher.errors import EXIT_UNWRITABLE
 from launcher.rundir import RunDirectory, State, Status
 from tests.unit.configs import good_config
 
@@ -103,6 +104,13 @@ def test_what_dies_before_it_comes_to_an_attempt_is_not_tried_for_ever(batch: Ba
     batch.execute(KILLED, SLURM_RESTART_COUNT="2")
     assert batch.asked == "requeue 7", "not once more"
     assert "not requeued" in batch.log.read_text()
+
+
+def test_a_full_disk_is_an_exit_code_and_no_reason_to_begin_again(batch: Batch) -> None:
+    link = Path(f"{batch.run.status}.probe")
+    link.symlink_to("/dev/full")
+    assert batch.execute(running(batch)) == EXIT_UNWRITABLE
+    assert batch.asked == ""
 
 
 def test_an_element_of_an_array_is_requeued_by_its_own_name(batch: Batch) -> None:

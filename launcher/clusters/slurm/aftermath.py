@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launcher.clusters.slurm.joblog import LOST, TASK_ENDED
 from launcher.config.schema import RunConfig
+from launcher.errors import EXIT_UNWRITABLE
 
 __all__ = ["lines_after", "lines_before"]
 
@@ -49,6 +50,8 @@ def lines_after(config: RunConfig) -> list[str]:
     lines = [
         "tminus_code=$?",
         """if [ $tminus_code -ge 128 ] && grep -Eqs '"state": "(submitted|running|stopping)"' "$tminus_status"; then""",
+        # Where nothing can be written the next turn could not begin either.
+        f'{{ echo > "$tminus_status.probe"; }} 2> /dev/null || exit {EXIT_UNWRITABLE}; rm "$tminus_status.probe"',
         f"tminus_said=$(tail -c +$((tminus_start + 1)) /proc/$$/fd/2 | grep -m1 '^{TASK_ENDED}')",
         f'echo "{LOST}${{SLURM_RESTART_COUNT:-0}}: ${{tminus_said:-srun has ended with exit code $tminus_code}}" >&2',
     ]

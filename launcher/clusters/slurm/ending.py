@@ -10,7 +10,7 @@ from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.queue import NoQueueError, QueueError
 from launcher.config.schema import RunConfig
 from launcher.environment import JobPlace
-from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_RESUMABLE, RunError
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_RESUMABLE, EXIT_UNWRITABLE, RunError
 from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State, Status
 from launcher.rundir.cancellation import Cancellation
@@ -79,8 +79,12 @@ def job_goes_on(place: JobPlace) -> bool:
 
 
 def end_without_attempt(run: RunDirectory, reason: str) -> int:
-    """The run has failed before anything was started; that is said even if it cannot be written down."""
-    with suppress(OSError, RunError):
+    """The run has failed, and no attempt's end can tell; if that cannot be written down, the exit code says so."""
+    code = EXIT_FAILED
+    try:
         Status.read(run.status).now(State.failed, reason=reason).write(run.status)
-    print(f"launch: {reason}", file=sys.stderr, flush=True)
-    return EXIT_FAILED
+    except (OSError, RunError):
+        code = EXIT_UNWRITABLE
+    with suppress(OSError):  # the log may be on the same disk
+        print(f"launch: {reason}", file=sys.stderr, flush=True)
+    return code

@@ -72,7 +72,7 @@ def lead(run: RunDirectory, config: RunConfig, place: JobPlace, submission: Path
     channel.arrive()
     try:
         code = _Turn(run, place, channel, submission, forwarder).run()
-    except RequestError as error:  # a full disk, a damaged file: not a mistake of ours
+    except (OSError, RequestError) as error:  # a full disk, a damaged file: not a mistake of ours
         code = end_without_attempt(run, str(error))
     except Exception as error:  # a mistake of ours: the job ends, and the run is not left as if it went on
         traceback.print_exc()

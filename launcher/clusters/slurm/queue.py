@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.errors import EXIT_UNWRITABLE
+
 __all__ = ["NoQueueError", "QueueError", "SlurmJob", "ask", "cancel", "hostnames", "requeue", "scripts_below", "show"]
 
 _TIMEOUT_SECONDS = 20.0
@@ -43,6 +45,16 @@ class SlurmJob:
     def is_alive(self) -> bool:
         """Whether it is there, or will be: it may still write into the run."""
         return self.state in _WAITING + _THERE
+
+    @property
+    def is_unwritable(self) -> bool:
+        """Whether it has failed with the exit code that says why nothing else does; raises nothing."""
+        if self.state != "FAILED":
+            return False
+        try:
+            return show(self.job_id).get("ExitCode", "").startswith(f"{EXIT_UNWRITABLE}:")
+        except QueueError:  # SLURM has forgotten it; the accounting may not have
+            return self.reason == f"exit code {EXIT_UNWRITABLE}:0"
 
     @property
     def waits(self) -> bool:
