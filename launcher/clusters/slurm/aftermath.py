@@ -34,7 +34,7 @@ def lines_before(runs: Sequence[Path]) -> list[str]:
     return [
         f"tminus_runs=({' '.join(shlex.quote(str(run)) for run in runs)})",
         'tminus_status="${tminus_runs[${SLURM_ARRAY_TASK_ID:-0}]}/status.json"',
-        'tminus_before=$(cat "$tminus_status")',
+        'tminus_before=$(cat "$tminus_status" 2> /dev/null)',
         "tminus_start=$(stat -Lc %s /proc/$$/fd/2)",
     ]
 
