@@ -17,11 +17,11 @@ from launcher.rundir import RunDirectory, State, Status
 from launcher.rundir.lock import Holder, is_launched
 from launcher.rundir.records import tail_lines
 
-__all__ = ["DEAD", "View", "configured", "last_line", "read_status", "views"]
+__all__ = ["CANCELLED", "DEAD", "View", "configured", "last_line", "read_status", "views"]
 
 _ACTIVE = (State.submitted, State.running, State.stopping)
-DEAD = "dead"
-"""A condition that no status.json names."""
+DEAD, CANCELLED = "dead", "cancelled"
+"""Conditions that no status.json names."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,17 @@ class View:
 
     @property
     def condition(self) -> str:
-        """The state in the run's status, or ``dead``: whoever was to change it has ended without a word."""
+        """The state in the run's status; or ``cancelled``, by scancel, or ``dead``: whoever was to change it has ended
+        without a word."""
         if self.status is None:
             return "starting" if self.is_alive else DEAD
         if self._comes_back:
             return State.submitted.value
         if self.status.state is State.resumable and self.job is not None and self.job.state == "COMPLETING":
             return State.stopping.value  # SLURM says only after that whether the job comes back
-        return DEAD if self.status.state in _ACTIVE and self.is_alive is False else self.status.state.value
+        if self.status.state in _ACTIVE and self.is_alive is False:
+            return CANCELLED if self._is_cancelled else DEAD
+        return self.status.state.value
 
     @property
     def explanation(self) -> str | None:
@@ -74,6 +77,8 @@ class View:
         if self._comes_back and self.status is not None and self.status.state is not State.submitted:
             words = (last_words(self.run, self.job_id) if self.job_id is not None else None) or self.status.reason
             return "; ".join(filter(None, (words, "back in the queue")))
+        if self.condition == CANCELLED:
+            return self._cancellation
         if self.condition != DEAD:
             reason = self.status.reason if self.status is not None else None
             cancelled = self.condition == State.resumable.value and self._is_cancelled
@@ -81,12 +86,16 @@ class View:
         return self._death
 
     @property
+    def _cancellation(self) -> str:
+        """By scancel; none of the run's own processes was there to write it down, or had the time."""
+        waited = self.status is not None and self.status.state is State.submitted
+        return "in the queue (scancel)" if waited else "by scancel, at once: what was not saved is lost"
+
+    @property
     def _death(self) -> str:
         """How a run has died, as far as that can be known."""
         if self.job_id is None:
             return "its launching process has ended without a word: killed, or its machine went down"
-        if self.status is not None and self.status.state is State.submitted and self._is_cancelled:
-            return "cancelled in the queue, before it began (scancel)"
         said = f"SLURM says: {self.job}" if self.job is not None else f"SLURM knows no job {self.job_id} any more"
         if self.job is not None and self.job.is_unwritable:
             return (

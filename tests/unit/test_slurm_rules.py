@@ -39,6 +39,8 @@ def slurm_config(**changes: Any) -> RunConfig:
         ({"cluster__sbatch": {"--time": "1:00"}}, ["cluster.time_limit_min"]),
         ({"cluster__sbatch": {"exclude": ["n1", "n2"]}}, ["not one value", "a,b,c"]),
         ({"cluster__environment": {"A-B": "1"}}, ["'A-B'", "letters"]),
+        ({"cluster__environment": {"A": [1, 2]}}, ["cluster.environment.A=[1, 2]", "not one value"]),
+        ({"cluster__sbatch": {"output": "x"}}, ["leave it out: logs are in the run's directory"]),
     ],
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any], words: list[str]) -> None:
