@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 
 from launcher.clusters.attempts import end_run
@@ -21,7 +22,15 @@ _PATIENCE_SECONDS = 20.0
 """How long a silent controller is asked again; SLURM's KillWait, 30 s by default, may be running."""
 
 
-def leave(run: RunDirectory, place: JobPlace, config: RunConfig, attempt: int, started: float, reason: str) -> int:
+def leave(
+    run: RunDirectory,
+    place: JobPlace,
+    config: RunConfig,
+    attempt: int,
+    started: float,
+    reason: str,
+    without: Sequence[str] = (),
+) -> int:
     """Stopped: for good, for somebody to resume, or for SLURM to start the job again; returns the exit code.
 
     Args:
@@ -31,6 +40,7 @@ def leave(run: RunDirectory, place: JobPlace, config: RunConfig, attempt: int, s
         attempt: that has stopped, or could not go on.
         started: when it began, in seconds since 1970.
         reason: why.
+        without: the names of nodes that the job is not to have again.
     """
     request = Cancellation.read(run)
     say(reason)
@@ -48,7 +58,10 @@ def leave(run: RunDirectory, place: JobPlace, config: RunConfig, attempt: int, s
     queued = f"{reason}; back in the queue"
     status.now(State.submitted, attempt=attempt + 1, hosts=(), reason=queued).write(run.status)
     try:
-        queue.requeue(place.job_id)
+        if without:
+            queue.requeue_without(place.job_id, without)
+        else:
+            queue.requeue(place.job_id)
     except QueueError as error:
         silent = "SLURM could not be asked, and " if job is None else ""
         why = f"{reason}; {silent}it could not be requeued: {error}"

@@ -28,7 +28,7 @@ from launcher.clusters.slurm.node import use_network, work
 from launcher.clusters.slurm.watch import Deadline
 from launcher.config.files import load_config
 from launcher.config.schema import RunConfig
-from launcher.config.sizes import misfits, usable_nodes, world_size
+from launcher.config.sizes import misfits, node_range, usable_nodes, world_size
 from launcher.environment import JobPlace
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE, RequestError, RunError
 from launcher.observe.terminal import say
@@ -114,15 +114,23 @@ class _Turn:
         try:
             self._channel.wait_for_all(self._submission, lambda: forwarder.requested is not None)
         except MissingNodesError as error:
-            end_run(run, attempt, started, State.failed, str(error))
-            say(f"launch: {error}", error=True)
-            return EXIT_FAILED
+            return self._leave_without(config, attempt, started, error)
         if forwarder.requested is not None:  # before anybody could train
             return self._leave(config, attempt, started, f"stopped on request ({forwarder.requested}) before it began")
         forwarder.on_request = lambda: mark_stopping(run)
         Deadline(self._place.job_id, config.cluster.signal_lead_seconds, run, forwarder.request)
         self._first = attempt if self._place.turn == 0 else None
         return self._attempts(config, attempt, Restarts(run, config, already=lost))
+
+    def _leave_without(self, config: RunConfig, attempt: int, started: float, error: MissingNodesError) -> int:
+        """Nodes have not come: without them if the job's range allows that, or failed."""
+        left, allowed = self._place.num_nodes - len(error.nodes), node_range(config)
+        if allowed.is_elastic and config.cluster.requeue and left >= allowed.least:
+            reason = f"{error}; going on without"
+            return leave(self._run, self._place, config, attempt, started, reason, without=error.nodes)
+        end_run(self._run, attempt, started, State.failed, str(error))
+        say(f"launch: {error}", error=True)
+        return EXIT_FAILED
 
     def _hopeless(self, config: RunConfig, lost: int) -> str | None:
         """Why there is to be no attempt in this turn."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,18 @@ from pathlib import Path
 
 from launcher.errors import EXIT_UNWRITABLE
 
-__all__ = ["NoQueueError", "QueueError", "SlurmJob", "ask", "cancel", "hostnames", "requeue", "scripts_below", "show"]
+__all__ = [
+    "NoQueueError",
+    "QueueError",
+    "SlurmJob",
+    "ask",
+    "cancel",
+    "hostnames",
+    "requeue",
+    "requeue_without",
+    "scripts_below",
+    "show",
+]
 
 _TIMEOUT_SECONDS = 20.0
 _PAUSE_SECONDS = 1.0
@@ -159,6 +171,21 @@ def hostnames(node_list: str) -> list[str]:
 def requeue(job_id: str) -> None:
     """Have the job end, and begin again when it is its turn; raises QueueError if SLURM refuses."""
     run(["scontrol", "requeue", job_id])
+
+
+def requeue_without(job_id: str, nodes: Iterable[str]) -> None:
+    """Requeue the job, and have it start without these nodes, too; raises QueueError if SLURM refuses.
+
+    SLURM changes no job that runs; and with the requeue it sends SIGTERM to all that runs in the job, this
+    process's children included, which are started with that held back. The process itself lives on for KillWait.
+    """
+    before = _known(show(job_id).get("ExcNodeList", ""))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        requeue(job_id)
+        run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(filter(None, (before, *nodes)))}"])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def cancel(job_id: str, signal: str | None = None) -> None:
