@@ -20,7 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, cast
 
-from launcher.clusters.reaper import STOP_SIGNALS, Reaper
+from launcher.clusters.reaper import Reaper
+from launcher.clusters.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from launcher.training.loop import Outcome

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-__all__ = ["STOP_SIGNALS", "Reaper"]
+from launcher.clusters.signals import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+__all__ = ["Reaper"]
+
 _GRACE_SECONDS = 3.0
 _POLL_SECONDS = 0.1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.clusters.slurm.aftermath import lines_after, lines_before
-from launcher.clusters.slurm.joblog import last_words, lost_words
+from launcher.clusters.slurm.joblog import last_words, lost_words, task_words
 from launcher.errors import EXIT_UNWRITABLE
 from launcher.rundir import RunDirectory, State, Status
 from tests.unit.configs import good_config
@@ -116,3 +116,12 @@ def test_a_full_disk_is_an_exit_code_and_no_reason_to_begin_again(batch: Batch) 
 def test_an_element_of_an_array_is_requeued_by_its_own_name(batch: Batch) -> None:
     batch.execute(running(batch), SLURM_ARRAY_JOB_ID="6", SLURM_ARRAY_TASK_ID="0")
     assert batch.asked == "requeue 6_0"
+
+
+def test_what_srun_says_of_a_task_is_read_from_this_attempt_alone(batch: Batch) -> None:
+    batch.log.write_text("attempt 0 of x, new\nsrun: error: node2: task 1: Killed\nattempt 1 of x, from\n")
+    assert task_words(batch.run, "7", "attempt 1 of x") is None
+    with batch.log.open("a") as log:
+        log.write("srun: error: node[3-4]: tasks 2-3: Out Of Memory\nsrun: error: node1: task 0: Terminated\n")
+    said = task_words(batch.run, "7", "attempt 1 of x")
+    assert said == "the launching process on node[3-4] has ended: Out Of Memory"

@@ -35,10 +35,15 @@ def lost_words(run: RunDirectory, job_id: str, turn: int) -> str | None:
     return _in_words(said[-1].removeprefix(start)) if said else None
 
 
-def task_words(run: RunDirectory, job_id: str) -> str | None:
-    """What srun has said last of a task that has ended badly, while the job still runs; None if nothing."""
-    said = [line for line in _lines(run, job_id) if re.match(TASK_ENDED, line)]
-    return _in_words(said[-1]) if said else None
+def task_words(run: RunDirectory, job_id: str, start: str) -> str | None:
+    """What srun has said first of a task that has ended badly, since a line that begins with ``start``; None if nothing.
+
+    For a job that still runs.
+    """
+    said: list[str] = []
+    for line in _lines(run, job_id):
+        said = [] if line.startswith(start) else [*said, *([line] if re.match(TASK_ENDED, line) else [])]
+    return _in_words(said[0]) if said else None
 
 
 def _in_words(line: str) -> str:

@@ -179,7 +179,7 @@ class _Turn:
         while True:
             begin_attempt(run, attempt, self._forwarder.requested is not None, channel.hosts(self._num_nodes))
             started = time.time()
-            say(f"attempt {attempt} of {run.path}, {where(restarts.newest_step)}, on {self._in_words()}")
+            say(f"{self._begins(attempt)}, {where(restarts.newest_step)}, on {self._in_words()}")
             directive = Directive(attempt, self._num_nodes)
             channel.direct(directive)
             result = work(run, directive, channel, self._forwarder)
@@ -195,19 +195,23 @@ class _Turn:
                 say("SLURM has ended this turn of the job: not restarting here", error=True)
                 return EXIT_RESUMABLE
             if silent:
-                return self._leave(config, attempt, started, self._gone(silent))
+                return self._leave(config, attempt, started, self._gone(attempt, silent))
             failure = first_failure(run, attempt, result) or unknown_death(run, attempt)
             refusal = self._refusal(attempt, started, failure, restarts)
             if refusal is not None:
                 return failure.exit_code
             attempt += 1
 
+    def _begins(self, attempt: int) -> str:
+        """The beginning of an attempt's first line in the job's log."""
+        return f"attempt {attempt} of {self._run.path}"
+
     def _reports_patience(self) -> float:
         return _REPORTS_SECONDS if self._forwarder.requested is None else _LAST_REPORTS_SECONDS
 
-    def _gone(self, nodes: Sequence[int]) -> str:
+    def _gone(self, attempt: int, nodes: Sequence[int]) -> str:
         """Why an attempt has failed of which some nodes' tasks say nothing: another one here would wait for them."""
-        said = task_words(self._run, self._place.job_id)
+        said = task_words(self._run, self._place.job_id, self._begins(attempt))
         return said or f"nothing more was heard of {', '.join(self._channel.names(nodes))}"
 
     def _leave(self, config: RunConfig, attempt: int, started: float, reason: str) -> int:

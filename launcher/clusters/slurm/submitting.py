@@ -5,17 +5,16 @@ from __future__ import annotations
 import secrets
 import shlex
 import shutil
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.clusters.attempts import take_back
 from launcher.clusters.entering import Entry, enter
 from launcher.clusters.folders import shown
-from launcher.clusters.reaper import STOP_SIGNALS
+from launcher.clusters.signals import held_back
 from launcher.clusters.slurm import batch, queue
 from launcher.clusters.slurm.elements import alive, element, known_elements
 from launcher.clusters.slurm.snapshot import take_snapshot
@@ -24,6 +23,7 @@ from launcher.config.sizes import node_range
 from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State, Status, read_json, write_json
 from launcher.rundir.records import recording
+from launcher.rundir.sweeps import distinctions
 
 __all__ = ["submit", "submit_sweep"]
 
@@ -135,9 +135,12 @@ def submit_sweep(configs: Sequence[RunConfig], command: Sequence[str]) -> list[R
             for sent in group:
                 sent.release()
         cap = group[0].config.cluster.max_parallel_jobs
-        say(f"submitted: array {ids[0].partition('_')[0]}, {len(ids)} run(s){f', {cap} at once' if cap else ''}")
+        what = "array" if len(ids) > 1 else "job"
+        say(f"submitted: {what} {ids[0].partition('_')[0]}, {len(ids)} run(s){f', {cap} at once' if cap else ''}")
+        differs = distinctions(runs)
         for sent, job_id in zip(group, ids, strict=True):
-            say(f"  {shown(sent.entry.run.path)}: job {job_id}")
+            run = sent.entry.run
+            say(f"  {shown(run.path)}: job {job_id}  {differs.get(run.path, '')}".rstrip())
     left = len(configs) - sum(map(len, groups.values()))
     say(f"to look at them: launch ls, launch status RUN{f'; {left} left as they are' if left else ''}")
     return runs
@@ -173,7 +176,7 @@ def _send(group: Sequence[_Sent], folder: Path, command: Sequence[str]) -> list[
             if config.cluster.snapshot:
                 workdir = folder / batch.CODE
                 take_snapshot(Path.cwd(), workdir, Path(config.runs_root), config.cluster.snapshot_limit_mib)
-            with _held_back_signals():  # sbatch, too, is started with them held back
+            with held_back():  # nothing comes between sbatch and the record of its job
                 ids = batch.sbatch(config, folder, workdir, [sent.arguments() for sent in group])
                 for sent, job_id in zip(group, ids, strict=True):
                     _record(sent, job_id, folder, workdir, command)
@@ -203,24 +206,6 @@ def _undo(group: Sequence[_Sent], folder: Path) -> None:
         sent.undo()
     if folder.exists():
         shutil.rmtree(folder)
-
-
-@contextmanager
-def _held_back_signals() -> Iterator[None]:
-    """Between sbatch and the record of its job nothing may come in between, or there is a job that no run knows of."""
-    noted: list[int] = []
-    # Blocked for sbatch, which inherits that, and noted here, as any thread of this process may be given a signal.
-    heard = [number for number in STOP_SIGNALS if callable(signal.getsignal(number))]
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    handlers = {number: signal.signal(number, lambda number, frame: noted.append(number)) for number in heard}
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for late in noted:
-            signal.raise_signal(late)
 
 
 def _record(sent: _Sent, job_id: str, folder: Path, workdir: Path, command: Sequence[str]) -> None:
