@@ -36,9 +36,12 @@ def lost_words(run: RunDirectory, job_id: str, turn: int) -> str | None:
 
 
 def task_words(run: RunDirectory, job_id: str, start: str) -> str | None:
-    """What srun has said first of a task that has ended badly, since a line that begins with ``start``; None if nothing.
+    """What srun has said first of a task that has ended badly; None if nothing. For a job that still runs.
 
-    For a job that still runs.
+    Args:
+        run: the run's directory.
+        job_id: of the job.
+        start: how the log's line begins before which nothing counts.
     """
     said: list[str] = []
     for line in _lines(run, job_id):
