@@ -127,9 +127,9 @@ def _check(arguments: list[str]) -> int:
     def command(config: RunConfig, warnings: list[str]) -> None:
         _warn(warnings)
         if config.cluster.kind == "slurm":
-            from launcher.clusters.slurm.submitting import check
+            from launcher.clusters.slurm.checking import check
 
-            codes.append(EXIT_FINISHED if check(config) else EXIT_REQUEST)
+            codes.append(check(config))
         else:
             from launcher.config.sizes import world_size
 

@@ -24,6 +24,7 @@ __all__ = [
     "EXIT_FINISHED",
     "EXIT_REQUEST",
     "EXIT_RESUMABLE",
+    "EXIT_UNWRITABLE",
     "CheckpointError",
     "CheckpointWriteError",
     "ConfigurationError",
@@ -41,6 +42,9 @@ EXIT_FAILED = 1
 EXIT_REQUEST = 2
 EXIT_RESUMABLE = 75
 """``EX_TEMPFAIL`` of sysexits.h: stopped on request; the same command may be run again."""
+
+EXIT_UNWRITABLE = 74
+"""``EX_IOERR``: a worker, or a task of a job, has failed and could not even write that into its run's directory."""
 
 
 class TMinusError(Exception):

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Never
@@ -21,7 +22,7 @@ from launcher.checkpoint import CheckpointStore
 from launcher.config.files import load_config
 from launcher.config.schema import Device, RunConfig
 from launcher.environment import Ranks, slurm_job_id, thread_limit
-from launcher.errors import EXIT_FAILED, EXIT_FINISHED
+from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_UNWRITABLE
 from launcher.observe import Reporter, RunFacts, build_reporter
 from launcher.observe.ranklog import Streams, redirect_to_log
 from launcher.observe.terminal import Terminal
@@ -40,13 +41,15 @@ __all__ = ["leave_now", "live", "main"]
 _GROUP_TIMEOUT = timedelta(minutes=30)
 
 
-def main(run_path: str, attempt: int, parent: int) -> Outcome:
+def main(run_path: str, attempt: int, parent: int, finished: str) -> Outcome:
     """Be one of the workers that an elastic agent in the launching process starts.
 
     Args:
         run_path: the run's directory.
         attempt: from 0.
         parent: the id of the launching process, whose death ends this one.
+        finished: the folder to leave a file in, named by this process's id, having come to the end: whatever ends a
+            process early may do so with exit code 0.
     """
     restrict_umask()
     die_with_parent(parent)
@@ -54,7 +57,10 @@ def main(run_path: str, attempt: int, parent: int) -> Outcome:
     if not hold_as_worker(run):
         os._exit(EXIT_FAILED)  # nothing is written: the run belongs to another launch by now
     die_with_parent(parent)  # looked at once more, now that a next launch would wait for this process
-    return live(run, attempt)
+    outcome = live(run, attempt)
+    with suppress(OSError):
+        (Path(finished) / str(os.getpid())).touch()
+    return outcome
 
 
 def live(run: RunDirectory, attempt: int, on_failure: Callable[[Failure, Streams], None] | None = None) -> Outcome:
@@ -81,12 +87,16 @@ def live(run: RunDirectory, attempt: int, on_failure: Callable[[Failure, Streams
         return outcome
     except BaseException as error:
         failure = Failure.of(error, ranks.rank, ranks.host, log, life.steps_attempted)
-        failure.write(run.rank_failure(attempt, ranks.rank))
-        print(failure.traceback or failure.message, file=sys.stderr, flush=True)
-        life.close()
+        code = failure.exit_code
+        try:
+            failure.write(run.rank_failure(attempt, ranks.rank))
+            print(failure.traceback or failure.message, file=sys.stderr, flush=True)
+            life.close()
+        except OSError:  # the disk is full: the code alone can say so
+            code = EXIT_UNWRITABLE
         if on_failure is not None:
             on_failure(failure, streams)
-        os._exit(failure.exit_code)
+        os._exit(code)
 
 
 _alive: list[_Life] = []

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, cast
 
+from launcher.clusters.reaper import Reaper
+from launcher.clusters.signals import STOP_SIGNALS
+
 if TYPE_CHECKING:
     from launcher.training.loop import Outcome
 
 __all__ = ["Node", "StopForwarder", "WorkersDiedError", "run_workers"]
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
-_GRACE_SECONDS = 3.0
 _POLL_SECONDS = 0.1
 
 
@@ -78,7 +78,7 @@ class StopForwarder:
     def listening(self) -> Iterator[None]:
         """Handle the stop signals; the handlers there were come back afterwards."""
         # nohup and the like ask for a signal to be ignored, and are obeyed.
-        heard = [number for number in _STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             yield
@@ -131,35 +131,36 @@ def run_workers(
     Raises:
         WorkersDiedError: a worker failed, or was killed; the others have ended too.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from launcher.worker import main
 
-    scratch = tempfile.TemporaryDirectory(prefix="tminus-")  # the agent's own files; it never removes them
-    configuration = LaunchConfig(
-        min_nodes=node.num_nodes if node is not None else 1,
-        max_nodes=node.num_nodes if node is not None else 1,
-        nproc_per_node=num_workers,
-        logs_specs=DefaultLogsSpecs(log_dir=scratch.name),
-        run_id=f"{run_path.name}-{attempt}",
-        # c10d would order the nodes by their addresses, as text.
-        rdzv_backend="c10d" if node is None else "static",
-        # Port 0: the kernel picks a free one.
-        rdzv_endpoint="localhost:0" if node is None else f"{node.address}:{node.port}",
-        rdzv_configs={} if node is None else {"rank": node.rank},
-        local_addr="localhost" if node is None else node.address,
-        max_restarts=0,
-        monitor_interval=_POLL_SECONDS,
-        signals_to_handle="SIGQUIT",  # the others are ours
-    )
-    reaper = _Reaper(num_workers, forwarder, node.is_lost if node is not None else lambda: False)
-    try:
-        with scratch, _log_to(agent_log), _held_back_in_children(), reaper.watching():
-            outcomes = elastic_launch(configuration, main)(str(run_path), attempt, os.getpid())
-    except ChildFailedError as error:
-        raise WorkersDiedError(reaper.deaths()) from error
+    with tempfile.TemporaryDirectory(prefix="tminus-") as scratch:  # the agent never removes its own files
+        configuration = LaunchConfig(
+            min_nodes=node.num_nodes if node is not None else 1,
+            max_nodes=node.num_nodes if node is not None else 1,
+            nproc_per_node=num_workers,
+            logs_specs=DefaultLogsSpecs(log_dir=scratch),
+            run_id=f"{run_path.name}-{attempt}",
+            # c10d would order the nodes by their addresses, as text.
+            rdzv_backend="c10d" if node is None else "static",
+            # Port 0: the kernel picks a free one.
+            rdzv_endpoint="localhost:0" if node is None else f"{node.address}:{node.port}",
+            rdzv_configs={} if node is None else {"rank": node.rank},
+            local_addr="localhost" if node is None else node.address,
+            max_restarts=0,
+            monitor_interval=_POLL_SECONDS,
+            signals_to_handle="SIGQUIT",  # the others are ours, and this one is the reaper's
+        )
+        is_lost = node.is_lost if node is not None else lambda: False
+        reaper = Reaper(num_workers, lambda: forwarder.requested is not None, is_lost, Path(scratch))
+        try:
+            with _log_to(agent_log), _held_back_in_children(), reaper.watching():
+                outcomes = elastic_launch(configuration, main)(str(run_path), attempt, os.getpid(), scratch)
+        except (ChildFailedError, SignalException) as error:
+            raise WorkersDiedError(reaper.deaths()) from error
     return cast("dict[int, Outcome]", outcomes)
 
 
@@ -178,81 +179,14 @@ def _held_back_in_children() -> Iterator[None]:
     Children inherit the mask of the thread that starts them, this one. The reaper's thread takes the
     signals for this process; Python runs their handlers here all the same.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     # multiprocessing's tracker must not die of a signal to all either; starting it unblocks INT and TERM here.
     resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class _Reaper:
-    """Once a worker has died, gives the others a moment to end by themselves, then kills them."""
-
-    def __init__(self, num_workers: int, forwarder: StopForwarder, is_lost: Callable[[], bool]) -> None:
-        self._is_lost = is_lost
-        self._num_workers = num_workers
-        self._forwarder = forwarder
-        self._all_know = False
-        self._workers: dict[int, multiprocessing.process.BaseProcess] = {}
-        self._killed: set[int] = set()
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch from a thread of its own, which also takes this process's signals, see above."""
-        done = threading.Event()
-        thread = threading.Thread(target=self._watch, args=(done,), name="reaper", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-    def deaths(self) -> dict[int, int]:
-        """Once all have ended: the exit codes of those that failed and were not killed by this object."""
-        in_order = sorted(self._workers)  # the agent starts them in the order of their ranks
-        codes = {rank: self._workers[pid].exitcode for rank, pid in enumerate(in_order) if pid not in self._killed}
-        return {rank: code for rank, code in codes.items() if code}
-
-    def _watch(self, done: threading.Event) -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-        while not done.wait(_POLL_SECONDS):
-            if len(self._workers) < self._num_workers:
-                self._workers |= {child.pid: child for child in multiprocessing.active_children() if child.pid}
-            if self._forwarder.requested and not self._all_know and len(self._workers) == self._num_workers:
-                self._all_know = True  # the request may have come before there was anybody to pass it on to
-                self._signal(signal.SIGTERM)
-            if self._is_lost() or any(_has_failed(worker) for worker in self._workers.values()):
-                done.wait(_GRACE_SECONDS)
-                self._killed |= self._signal(signal.SIGKILL)
-                return
-
-    def _signal(self, number: signal.Signals) -> set[int]:
-        """To all workers that still run; returns their ids."""
-        running = {pid for pid in self._workers if _is_running(pid)}
-        for pid in running:
-            os.kill(pid, number)
-        return running
-
-
-def _has_failed(worker: multiprocessing.process.BaseProcess) -> bool:
-    """Whether a child has ended badly. It is left to the agent to collect."""
-    try:
-        assert worker.pid is not None
-        ended = os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:  # the agent has collected it already, and multiprocessing kept how it ended
-        return bool(worker.exitcode)
-    return ended is not None and ended.si_status != 0
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    except ChildProcessError:
-        return False
 
 
 @contextmanager

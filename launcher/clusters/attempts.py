@@ -125,13 +125,16 @@ def record_restart(run: RunDirectory, attempt: int, step: int, reason: str) -> N
     append_json_line(run.metrics, {**line, "time": time.time()})
 
 
-def record_lost_attempts(run: RunDirectory, last_holder: Holder | None, before: int | None = None) -> int:
+def record_lost_attempts(
+    run: RunDirectory, last_holder: Holder | None, before: int | None = None, reason: str | None = None
+) -> int:
     """Write down the attempts whose launcher could not do so any more; call it under the run's lock.
 
     Args:
         run: the run's directory.
         last_holder: of that lock.
         before: the number of an attempt that is running already.
+        reason: how it came, where that is known.
 
     Returns:
         The number of the last attempt that has begun, -1 if there is none.
@@ -145,7 +148,7 @@ def record_lost_attempts(run: RunDirectory, last_holder: Holder | None, before: 
         begun = {attempt for attempt in begun if attempt < before}
     for attempt in sorted(begun - recorded):
         times = _signs_of_life(run, attempt, status, last_holder)
-        _record_end(run, attempt, times, "killed", _LOST, _hosts(status, attempt))
+        _record_end(run, attempt, times, "killed", reason or _LOST, _hosts(status, attempt))
     return max(recorded | begun, default=-1)
 
 

@@ -7,6 +7,7 @@ import socket
 import time
 
 from launcher.clusters.attempts import reported_steps
+from launcher.errors import EXIT_UNWRITABLE
 from launcher.rundir import RunDirectory
 from launcher.rundir.failures import Failure
 
@@ -20,6 +21,10 @@ def silent_death(run: RunDirectory, attempt: int, rank: int, exit_code: int) -> 
     log = run.rank_log(attempt, rank)
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:] if log.exists() else []
     message = f"The worker ended with exit code {exit_code} and no Python exception."
+    if exit_code == 0:
+        message = "The worker ended with exit code 0 before the run was finished: something has called os._exit(0)."
+    if exit_code == EXIT_UNWRITABLE:
+        message = f"The worker failed, and could not write why: no space left for {run.path}, or it is not writable."
     if exit_code < 0:
         message = f"The worker was killed by {signal.Signals(-exit_code).name}."
     if exit_code == -signal.SIGKILL:

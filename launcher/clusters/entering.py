@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import socket
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from launcher.checkpoint import CheckpointStore
 from launcher.checkpoint.safety import writable_by_others
 from launcher.clusters.attempts import record_lost_attempts
+from launcher.clusters.folders import shown
 from launcher.clusters.safety import TRUST, refuse_shared_run
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.queue import QueueError
@@ -179,8 +181,9 @@ def _refuse_live_job(run: RunDirectory, asked: str | None = None) -> str | None:
         print(f"warning: whether job {job_id} is still there could not be asked ({error})", file=sys.stderr)
         return job_id
     if job is not None and job.is_alive:
+        name = shlex.quote(shown(run.path))
         raise RunError(
-            f"The run {run.path} is SLURM's {job}: it goes on by itself. To end it: launch cancel {run.id}; to save "
+            f"The run {run.path} is SLURM's {job}: it goes on by itself. To end it: launch cancel {name}; to save "
             "first, and resume it after that: with --save --no-requeue."
         )
     return job_id

@@ -80,7 +80,7 @@ def _attempts(config: RunConfig, entry: Entry, forwarder: StopForwarder) -> int:
                 say(end.reason)
                 _say_how_to_go_on(run, newest_step(run, config))
             return end.exit_code
-        reason = f"rank {end.failure.rank}: {end.failure.message}"
+        reason = end.failure.reason
         has_stepped = len(reported_steps(run, attempt)) > 0
         refusal = restarts.refusal(end.failure, has_stepped, forwarder.requested is not None)
         explained = f"{reason} ({refusal})" if refusal else reason

@@ -150,7 +150,7 @@ def _work(run: RunDirectory, attempt: int, ranks: Ranks, store: Any, is_first: b
             print(failure, file=streams.errors, flush=True)
         if ranks.rank == 0:
             wrong = first.exit_code == EXIT_REQUEST
-            reason = f"rank {first.rank}: {first.message}"
+            reason = first.reason
             end_run(run, attempt, started, State.failed, reason, refused=wrong and is_first)
             if wrong:
                 store.set(_REFUSED_KEY, reason)

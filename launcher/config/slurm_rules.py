@@ -53,9 +53,11 @@ def slurm_problems(config: RunConfig) -> Iterator[str]:
             "checkpoint.enabled=false with cluster.requeue=true: each turn of the job would begin anew. "
             "Use cluster.requeue=false, or checkpoint=standard."
         )
-    for name in cluster.environment:
+    for name, value in cluster.environment.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)):
             yield f"cluster.environment: {name!r} cannot name a variable: use letters, digits and '_'."
+        if value is not None and not isinstance(value, (str, int, float, bool)):
+            yield f"cluster.environment.{name}={value!r} is not one value: write the text that it is to be."
 
 
 def _numbers(cluster: ClusterConfig) -> Iterator[str]:
@@ -90,7 +92,10 @@ def _verbatim(cluster: ClusterConfig) -> Iterator[str]:
     for name, value in cluster.sbatch.items():
         option = str(name).lstrip("-").replace("_", "-")
         if option in _OWN:
-            yield f"cluster.sbatch.{name}: use {_OWN[option]} instead."
+            own, _, why = _OWN[option].partition(": ")
+            yield f"cluster.sbatch.{name}: " + (
+                f"leave it out: {why}." if own == "nothing" else f"use {_OWN[option]} instead."
+            )
         elif not re.fullmatch(r"[a-z][a-z0-9-]*", option):
             yield f"cluster.sbatch: {name!r} is not the name of an option of sbatch, such as constraint or exclude."
         elif value is not None and not isinstance(value, (str, int, float, bool)):

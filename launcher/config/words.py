@@ -31,7 +31,9 @@ def in_words(error: BaseException) -> str:
     if re.search(r"\bnot in\b", reason) and isinstance(parent, DictConfig):
         word = key.rpartition(".")[2]
         words = [str(name) for name in parent if name != "hydra"]
-        valid = ", ".join(sorted(words))
+        valid = f" Valid: {', '.join(sorted(words))}." if words else ""
         add = "" if parent._metadata.object_type not in (dict, None) else f" To add a new key: +{key}=…"
-        return f"There is no key {key!r}.{nearest(word, words)} Valid: {valid}.{add}"
-    return f"{key}: {reason}." if key else reason
+        return f"There is no key {key!r}.{nearest(word, words)}{valid}{add}"
+    if "is not a ListConfig" in reason:
+        return f"{key} is a list: write {key}=[first,second], and a value with blanks or colons in quotes."
+    return f"{key}: {reason.rstrip('.')}." if key else reason

@@ -14,6 +14,9 @@ from launcher.rundir.records import read_json, write_json
 
 __all__ = ["Failure", "first_failure"]
 
+_REASON_LENGTH = 400
+"""Some libraries put a traceback into their message; the log has it whole."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -55,6 +58,13 @@ class Failure:
     def write(self, path: Path) -> None:
         """Leave it for the launching process."""
         write_json(path, asdict(self))
+
+    @property
+    def reason(self) -> str:
+        """Rank and message in one line."""
+        line = " ".join(self.message.split())
+        short = line if len(line) <= _REASON_LENGTH else f"{line[: _REASON_LENGTH - 1]}…"
+        return f"rank {self.rank}: {short}"
 
     def __str__(self) -> str:
         if self.exit_code == EXIT_REQUEST:  # put like one that is found before any worker starts

@@ -14,8 +14,9 @@ _SHOWN = 8
 
 
 def all_runs(runs_root: Path) -> list[RunDirectory]:
-    """The runs below ``runs_root``, the newest last."""
-    found = [path for path in runs_root.absolute().glob("*/*/config.yaml") if path.is_file()]
+    """The runs below ``runs_root``, the newest last: ``NAME/ID``, and what ``run_dir=`` has put right there."""
+    root = runs_root.absolute()
+    found = [path for level in ("*", "*/*") for path in root.glob(f"{level}/config.yaml") if path.is_file()]
     return [RunDirectory(path.parent) for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path))]
 
 
@@ -46,7 +47,7 @@ def find_run(word: str, runs_root: Path) -> RunDirectory:
     if not runs:
         raise RunError(
             f"There is no run {word!r}: there are no runs below {runs_root}. Name another folder of runs with "
-            "runs_root=PATH, or give the run's own path."
+            "--runs-root PATH (launch resume: runs_root=PATH), or give the run's own path."
         )
     raise RunError(
         f"There is no run {word!r} below {runs_root}. RUN is a path, an id, an unambiguous beginning of one, or "

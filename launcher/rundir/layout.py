@@ -51,7 +51,7 @@ class RunDirectory:
             place = f"run_dir={run_dir}" if run_dir is not None else f"runs_root={runs_root}"
             raise ConfigurationError(
                 f"{place}: no run directory can be made there ({error.strerror}: {error.filename}). "
-                "Choose a folder that you can write to: runs_root=PATH."
+                f"Choose a folder that you can write to: {'run_dir' if run_dir is not None else 'runs_root'}=PATH."
             ) from error
 
     @classmethod

@@ -20,12 +20,14 @@ __all__ = [
     "read_json",
     "read_json_lines",
     "recording",
+    "tail_lines",
     "write_json",
     "write_text",
 ]
 
 _LONGEST_LINE = 2**20
 """Bytes; far more than any line has."""
+_TAIL_BYTES = 2**16
 
 
 def write_text(path: Path, text: str) -> None:
@@ -107,6 +109,17 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(value, dict):
                 yield value
+
+
+def tail_lines(path: Path) -> list[str]:
+    """The lines near the end of a file; none if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            return file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def drop_cut_line(path: Path) -> None:

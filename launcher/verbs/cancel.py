@@ -124,10 +124,11 @@ def _cancel_job(view: View, save: bool, requeue: bool) -> None:
     assert view.status is not None
     job_id, waits = view.job.job_id, view.job.state == "PENDING"
     if waits and requeue:
+        name = shlex.quote(shown(view.run.path))
         raise RunError(
             f"Job {job_id} waits in the queue ({view.job.reason}) and goes on by itself: there is nothing to save. To "
-            f"take it out, to be resumed: launch cancel {view.run.id} --save --no-requeue. To end it for good: launch "
-            f"cancel {view.run.id}."
+            f"take it out, to be resumed: launch cancel {name} --save --no-requeue. To end it for good: launch "
+            f"cancel {name}."
         )
     request = Cancellation.ask(view.run, save, requeue)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from launcher.clusters.attempts import refusal
+from launcher.clusters.folders import shown
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE
 from launcher.rundir import RunDirectory
 from launcher.verbs.view import View, read_status, views
@@ -31,7 +33,7 @@ def follow(run: RunDirectory, with_logs: bool) -> int:
     try:
         Follower(run, None if with_logs else -1, None).follow()
     except KeyboardInterrupt:
-        print(f"the run goes on: launch status {run.id}")
+        print(f"the run goes on: launch status {shlex.quote(shown(run.path))}")
         return EXIT_RESUMABLE
     finally:
         signal.signal(signal.SIGINT, before)

@@ -26,8 +26,12 @@ def act(words: Sequence[str]) -> int:
     if options.attempt is not None and options.attempt not in begun:
         known = ", ".join(map(str, begun)) or "none has begun"
         raise RunError(f"--attempt {options.attempt}: the run {run.path} has no such attempt. There are: {known}.")
-    if not begun and not options.follow:
+    if not begun:
         (view,) = views([run])
+        if view.is_alive is False:
+            explained = f" ({view.explanation})" if view.explanation else ""
+            raise RunError(f"The run {run.path} has no logs, and none will come: it is {view.condition}{explained}.")
+    if not begun and not options.follow:
         raise RunError(f"The run {run.path} has no logs yet: it is {view.condition}. launch logs -f waits for them.")
     follower = Follower(run, options.rank, options.attempt)
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launcher.errors import EXIT_FINISHED
 from launcher.rundir.find import all_runs
+from launcher.rundir.sweeps import distinctions
 from launcher.verbs.view import View, views
 from launcher.verbs.words import VerbParser, ago
 
@@ -20,12 +21,16 @@ def act(words: Sequence[str]) -> int:
     """List the runs; returns the exit code."""
     options = _parser().parse_args(list(words))
     seen = views(all_runs(Path(options.runs_root))[-options.number if options.number else None :])
+    differs = distinctions([view.run for view in seen])
     if options.json:
-        print(json.dumps([_as_json(view) for view in seen], indent=2))
+        print(json.dumps([{**_as_json(view), "sweep": differs.get(view.run.path)} for view in seen], indent=2))
     elif not seen:
         print(f"there are no runs below {options.runs_root}; another folder: launch ls --runs-root FOLDER")
     else:
         rows = [("RUN", "STATE", "STEP", "ATTEMPT", "CHANGED", "WHERE", ""), *map(_row, seen)]
+        if any(differs.values()):
+            words = ["SWEEP", *(differs.get(view.run.path, "") for view in seen)]
+            rows = [(*row[:1], word, *row[1:]) for row, word in zip(rows, words, strict=True)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for row in rows:
             print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())

@@ -12,7 +12,7 @@ from launcher.clusters.folders import shown
 from launcher.errors import EXIT_FINISHED
 from launcher.rundir import RunDirectory, Status
 from launcher.rundir.find import find_run
-from launcher.verbs.view import DEAD, View, configured, last_line, views
+from launcher.verbs.view import CANCELLED, DEAD, View, configured, last_line, views
 from launcher.verbs.words import VerbParser, ago
 
 __all__ = ["act", "as_json"]
@@ -69,7 +69,7 @@ def _lines(view: View) -> list[str]:
         lines.append(_slurm(view))
     if status is not None:
         lines.append(f"changed: {ago(status.updated)}")
-    if view.condition in (DEAD, "resumable", "failed"):
+    if view.condition in (CANCELLED, DEAD, "resumable", "failed"):
         lines.append(f"to go on: launch resume {shlex.quote(shown(view.run.path))}")
     return lines
 

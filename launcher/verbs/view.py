@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +11,17 @@ from typing import Any
 import yaml
 
 from launcher.clusters.slurm import queue
+from launcher.clusters.slurm.joblog import last_words
 from launcher.clusters.slurm.queue import QueueError, SlurmJob
 from launcher.rundir import RunDirectory, State, Status
 from launcher.rundir.lock import Holder, is_launched
+from launcher.rundir.records import tail_lines
 
-__all__ = ["DEAD", "View", "configured", "last_line", "read_status", "views"]
+__all__ = ["CANCELLED", "DEAD", "View", "configured", "last_line", "read_status", "views"]
 
-_TAIL_BYTES = 2**16
 _ACTIVE = (State.submitted, State.running, State.stopping)
-DEAD = "dead"
-"""A condition that no status.json names."""
+DEAD, CANCELLED = "dead", "cancelled"
+"""Conditions that no status.json names."""
 
 
 @dataclass(frozen=True)
@@ -59,38 +59,58 @@ class View:
 
     @property
     def condition(self) -> str:
-        """The state in the run's status, or ``dead``: whoever was to change it has ended without a word."""
+        """The state in the run's status; or ``cancelled``, by scancel, or ``dead``: whoever was to change it has ended
+        without a word."""
         if self.status is None:
             return "starting" if self.is_alive else DEAD
-        return DEAD if self.status.state in _ACTIVE and self.is_alive is False else self.status.state.value
+        if self._comes_back:
+            return State.submitted.value
+        if self.status.state is State.resumable and self.job is not None and self.job.state == "COMPLETING":
+            return State.stopping.value  # SLURM says only after that whether the job comes back
+        if self.status.state in _ACTIVE and self.is_alive is False:
+            return CANCELLED if self._is_cancelled else DEAD
+        return self.status.state.value
 
     @property
     def explanation(self) -> str | None:
         """Why the run is in this condition."""
+        if self._comes_back and self.status is not None and self.status.state is not State.submitted:
+            words = (last_words(self.run, self.job_id) if self.job_id is not None else None) or self.status.reason
+            return "; ".join(filter(None, (words, "back in the queue")))
+        if self.condition == CANCELLED:
+            return self._cancellation
         if self.condition != DEAD:
             reason = self.status.reason if self.status is not None else None
             cancelled = self.condition == State.resumable.value and self._is_cancelled
             return f"cancelled (scancel); {reason}" if cancelled else reason
+        return self._death
+
+    @property
+    def _cancellation(self) -> str:
+        """By scancel; none of the run's own processes was there to write it down, or had the time."""
+        waited = self.status is not None and self.status.state is State.submitted
+        return "in the queue (scancel)" if waited else "by scancel, at once: what was not saved is lost"
+
+    @property
+    def _death(self) -> str:
+        """How a run has died, as far as that can be known."""
         if self.job_id is None:
             return "its launching process has ended without a word: killed, or its machine went down"
-        if self.status is not None and self.status.state is State.submitted and self._is_cancelled:
-            return "cancelled in the queue, before it began (scancel)"
         said = f"SLURM says: {self.job}" if self.job is not None else f"SLURM knows no job {self.job_id} any more"
-        if last_word := self._last_word():
+        if self.job is not None and self.job.is_unwritable:
+            return (
+                f"nothing could be written into its directory any more: the disk is full, or a quota used up ({said})"
+            )
+        if last_word := last_words(self.run, self.job_id):
             return f"{last_word} ({said})"
         return f"its job has ended without a word: {said}; its tasks' own logs are in {self.run.submission}"
 
-    def _last_word(self) -> str | None:
-        """What the batch file has said in the log of its job: an array's lies beside the runs."""
-        from launcher.clusters.slurm.setup import NOT_STARTED  # costs more than most looks do
-
-        name = f"*/{self.job_id}_0_log.out"
-        logs = [*self.run.submission.glob(name), *self.run.path.parent.parent.glob(f".sweeps/{name}")]
-        for log in logs:
-            said = [line for line in _tail(log) if line.startswith(NOT_STARTED)]
-            if said:
-                return said[-1].removeprefix("launch: ")
-        return None
+    @property
+    def _comes_back(self) -> bool:
+        """Whether SLURM has the job in its queue, to be started again: it has lost a node, say, and nobody is left to
+        write that down."""
+        at_work = (State.submitted, State.running, State.stopping, State.resumable)
+        return self.job is not None and self.job.waits and self.status is not None and self.status.state in at_work
 
     @property
     def _is_cancelled(self) -> bool:
@@ -129,7 +149,7 @@ def read_status(run: RunDirectory) -> Status | None:
 
 def last_line(path: Path, kind: str) -> dict[str, Any] | None:
     """The newest line of a kind near the end of a run's metrics; None if there is none."""
-    for text in reversed(_tail(path)):
+    for text in reversed(tail_lines(path)):
         try:
             line: dict[str, Any] = json.loads(text)
         except json.JSONDecodeError:  # cut by the tail's border, or by a crash
@@ -137,17 +157,6 @@ def last_line(path: Path, kind: str) -> dict[str, Any] | None:
         if line.get("kind") == kind:
             return line
     return None
-
-
-def _tail(path: Path) -> list[str]:
-    """The lines near the end of a file; none if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL_BYTES))
-            return file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return []
 
 
 def configured(run: RunDirectory, attempt: int, group: str, field: str) -> Any:

@@ -47,6 +47,8 @@ class Own(Job):
         if self.fail == "kill once" and not os.path.exists("failed"):
             open("failed", "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.fail == "exit0":
+            os._exit(0)
         if self.fail == "exit":
             os._exit(3)
         if self.fail == "segfault":

@@ -42,6 +42,7 @@ def test_the_failing_rank_has_the_last_word(start: Start, project: Path) -> None
     [
         ("kill", "The worker was killed by SIGKILL."),
         ("exit", "The worker ended with exit code 3 and no Python exception."),
+        ("exit0", "The worker ended with exit code 0 before the run was finished"),
         ("segfault", "The worker was killed by SIGSEGV."),
     ],
 )
@@ -50,6 +51,17 @@ def test_a_worker_that_dies_without_a_word_is_named(start: Start, project: Path,
     assert command.wait() == 1
     assert message in command.errors
     assert "rank 1 on" in command.errors.splitlines()[-1]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_that_all_end_early_with_code_0_have_failed(start: Start, project: Path, workers: int) -> None:
+    """torch's agent would wait for ever for what they were to return."""
+    words = ["job.fail=exit0", "job.fail_rank=-1", f"cluster.processes_per_node={workers}"]
+    command = start(["+experiment=own", *words], project)
+    assert command.wait() == 1
+    assert "with exit code 0 before the run was finished" in command.errors
+    status = json.loads((command.run_directory() / "status.json").read_text())
+    assert status["reason"].startswith("rank 0: The worker ended with exit code 0")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.e2e.session import Command
+from tests.e2e.session import LAUNCH, Command
 
 Start = Callable[..., Command]
 
@@ -28,6 +29,10 @@ def test_a_sweep_goes_on_after_a_run_that_fails(start: Start, project: Path) -> 
         if line.startswith("  lr:")
     }
     assert rates == {"0.01", "0.001"}
+    listed = subprocess.run([*LAUNCH, "ls"], cwd=project, capture_output=True, text=True, check=True).stdout
+    assert "SWEEP" in listed
+    for words in ("job.fail=nothing optimizer.lr=0.01 ", "job.fail=raise optimizer.lr=0.001 "):
+        assert listed.count(words) == 1, listed
 
 
 def test_a_sweep_with_a_wrong_run_does_not_start(start: Start, project: Path) -> None:

@@ -95,6 +95,20 @@ def test_a_range_loses_a_node_and_goes_on_with_the_rest(
     same_as(run, undisturbed)
 
 
+def test_a_node_that_does_not_come_is_left_out(cluster: Cluster, project: Path, undisturbed: Path) -> None:
+    slow = project / "slow_python"
+    slow.write_text(f'#!/bin/sh\n[ "$SLURMD_NODENAME" = node2 ] && sleep 300\nexec {LAUNCH[0]} "$@"\n')
+    slow.chmod(0o755)
+    late = (f"cluster.python='{slow}'", "cluster.rendezvous_timeout_seconds=6")
+    run = submit(cluster, project, *ELASTIC, *late)
+    run.until_state("finished")
+    assert [line["hosts"] for line in run.attempts] == [[], ["node1"]], run.told()
+    assert "node2 (2 of 2): nothing was heard of it" in run.attempts[0]["reason"]
+    assert run.attempts[0]["reason"].endswith("going on without")
+    assert cluster.job(run.job_id)["ExcNodeList"] == "node2"
+    assert losses(run.directory) == pytest.approx(losses(undisturbed), rel=FP32_ROUNDING)
+
+
 def test_a_saved_job_takes_the_node_that_has_come_back(cluster: Cluster, project: Path, undisturbed: Path) -> None:
     cluster.run("scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=test")
     run = submit(cluster, project, *ELASTIC, "job.sleep=0.3")

@@ -102,6 +102,17 @@ def test_a_failure_that_comes_back_ends_the_job_with_its_reason(cluster: Cluster
     assert cluster.job(run.job_id)["Restarts"] == "0"
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_ends_early_with_code_0_is_named(cluster: Cluster, project: Path, workers: int) -> None:
+    early = ("job.fail=exit0", "job.fail_rank=1", "job.fail_call=6", "cluster.max_restarts=0")
+    run = submit(cluster, project, "cluster.nodes=2", f"cluster.processes_per_node={workers}", *TRAIN, *early)
+    run.until_state("failed")
+    reason = run.status["reason"]
+    assert reason.startswith("rank 1: The worker ended with exit code 0 before the run was finished"), run.told()
+    assert "\n" not in reason
+    cluster.until_state(run.job_id, "FAILED")
+
+
 def test_the_time_limit_stops_saves_and_requeues(cluster: Cluster, project: Path, undisturbed: dict[int, str]) -> None:
     limit = ("cluster.time_limit_min=2", "cluster.signal_lead_seconds=95", "job.sleep=0.7")
     run = submit(cluster, project, *TWO_BY_TWO, *limit)

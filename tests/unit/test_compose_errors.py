@@ -26,6 +26,8 @@ def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("schedule.decay=cosin", ["schedule.decay", "cosin", "constant", "linear", "cosine"]),
         ("train.max_steps=many", ["train.max_steps", "many"]),
         ("seed=null", ["seed"]),
+        ("cluster.setup=hello", ["cluster.setup is a list: write cluster.setup=[first,second]"]),
+        ("cluster.sbatch.comment=x", ["There is no key 'cluster.sbatch.comment'. To add a new key: +cluster.sbatch"]),
         ("digits", ["'digits' is not an override", "+experiment=NAME"]),
         ("seed=[1", ["seed=[1", "is not an override", "no viable alternative"]),
         ("run_dir=a=b", ["mismatched input '='", """goes in quotes: 'run_dir="a=b"'."""]),

@@ -111,3 +111,10 @@ class DistBackendError(RuntimeError):
 )
 def test_a_broken_connection_is_a_consequence(error: Exception, consequence: bool) -> None:
     assert told(error).consequence is consequence
+
+
+def test_a_reason_is_one_line_of_bounded_length() -> None:
+    text = "RuntimeError: Connection closed by peer.\nGLHF!\n  At:\n    a.py(1)" + " and so on" * 100
+    reason = Failure(2, "host", "log", text).reason
+    assert reason.startswith("rank 2: RuntimeError: Connection closed by peer. GLHF! At: a.py(1) and")
+    assert len(reason) < 420

@@ -82,3 +82,11 @@ def test_where_there_are_no_runs_it_says_so(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_named(root: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"it has no config\.yaml"):
         find_run(str(tmp_path), root)
+
+
+def test_a_run_right_below_the_folder_of_runs_is_one_too(root: Path) -> None:
+    (root / "mine" / "submission").mkdir(parents=True)
+    (root / "mine" / "config.yaml").touch()
+    assert all_runs(root)[-1].path == root / "mine"
+    assert find_run("mine", root).path == root / "mine"
+    assert len(all_runs(root)) == len(IDS) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def slurm_config(**changes: Any) -> RunConfig:
         ({"cluster__sbatch": {"--time": "1:00"}}, ["cluster.time_limit_min"]),
         ({"cluster__sbatch": {"exclude": ["n1", "n2"]}}, ["not one value", "a,b,c"]),
         ({"cluster__environment": {"A-B": "1"}}, ["'A-B'", "letters"]),
+        ({"cluster__environment": {"A": [1, 2]}}, ["cluster.environment.A=[1, 2]", "not one value"]),
+        ({"cluster__sbatch": {"output": "x"}}, ["leave it out: logs are in the run's directory"]),
     ],
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any], words: list[str]) -> None:
@@ -57,8 +60,11 @@ def test_the_jobs_gpus_count_not_those_of_the_machine_that_submits() -> None:
     assert config.device is Device.cpu
 
 
-def text(**changes: Any) -> str:
-    return batch.batch_file(slurm_config(**changes), Path("/runs/x/submission/0"), Path("/runs/x/submission/0/code"))
+RUN = Path.cwd() / "runs" / "own" / "x"
+
+
+def text(run: Path = RUN, **changes: Any) -> str:
+    return batch.batch_file(slurm_config(**changes), run, run / "submission" / "0", run / "submission" / "0" / "code")
 
 
 @pytest.mark.skipif(not Path("/usr/bin/srun").exists(), reason="submitit wants srun, and there is none here")
@@ -76,7 +82,7 @@ class TestBatchFile:
         )
         options = ["nodes=2", "ntasks-per-node=1", "partition=long", "account=me", "qos=high", "cpus-per-task=12"]
         options += ["gpus-per-node=4", "mem=1536M", "time=90", "signal=USR2@140", "requeue", "job-name=run"]
-        options += ["chdir=/runs/x/submission/0/code"]
+        options += [f"chdir={RUN}/submission/0/code"]
         for option in options:
             assert f"#SBATCH --{option}\n" in written, option
         (srun,) = [line for line in written.splitlines() if line.startswith("srun")]
@@ -157,10 +163,19 @@ class TestBatchFile:
         )
         (srun,) = [line for line in written.splitlines() if line.startswith("srun")]
         assert "'--container-image=nvcr.io#nvidia/pytorch:26.01'" in srun
-        here, code = Path.cwd(), "/runs/x/submission/0/code"
+        here, code = Path.cwd(), RUN / "submission" / "0" / "code"
         assert f"--container-mounts={here}:{here},{code}:{code},{here}/runs:{here}/runs,/data:/data" in srun
         assert f"--container-workdir={code}" in srun
         assert " python3 -u -m submitit" in srun
+
+    def test_a_container_sees_a_run_that_lies_elsewhere(self) -> None:
+        written = text(Path("/elsewhere/mine"), cluster__container_image="x.sqsh", run_dir="/elsewhere/mine")
+        (srun,) = [line for line in written.splitlines() if line.startswith("srun")]
+        (mounts,) = [word for word in shlex.split(srun) if word.startswith("--container-mounts=")]
+        folders = mounts.partition("=")[2].split(",")
+        assert "/elsewhere/mine:/elsewhere/mine" in folders
+        runs = Path.cwd() / "runs"
+        assert f"{runs}:{runs}" not in folders, "it may not be there, and cannot be mounted then"
 
     def test_the_batch_file_is_a_shell_script(self, tmp_path: Path) -> None:
         script = tmp_path / "job.sh"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.clusters.slurm import batch
+from launcher.clusters.slurm.checking import check
 from launcher.clusters.slurm.submitting import submit
 from launcher.config.schema import RunConfig
 from launcher.errors import RequestError, RunError
@@ -82,6 +83,32 @@ def test_a_refusal_undoes_the_run(tmp_path: Path, command: Command) -> None:
     with pytest.raises(RequestError, match="sbatch has refused the job: invalid partition specified: x"):
         submit(configured(tmp_path), ["launch"])
     assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupt_during_sbatch_comes_after_the_job_is_recorded(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("sbatch", "kill -INT $PPID; sleep 0.3; echo Submitted batch job 9")
+    with pytest.raises(KeyboardInterrupt):
+        submit(configured(tmp_path), ["launch"])
+    assert Status.read(RunDirectory(tmp_path / "run").status).job_id == "9"
+    assert "interrupted, but job 9 is submitted; to end it: launch cancel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "words"),
+    [
+        ("Socket timed out on send/recv operation", 1, "SLURM does not answer"),
+        ("Unable to contact slurm controller (connect failure)", 1, "SLURM does not answer"),
+        ("invalid partition specified: x", 2, "SLURM would refuse it"),
+    ],
+)
+def test_check_tells_a_silent_controller_from_a_refusal(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], said: str, code: int, words: str
+) -> None:
+    command("sbatch", f"echo 'sbatch: error: Batch job submission failed: {said}' >&2; exit 1")
+    assert check(configured(tmp_path)) == code
+    assert words in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_message_and_undoes_the_run(

@@ -11,7 +11,7 @@ import pytest
 from launcher.errors import RunError
 from launcher.rundir import RunDirectory, State, Status
 from launcher.rundir.lock import RunLock
-from launcher.verbs import cancel
+from launcher.verbs import cancel, logs
 from launcher.verbs.view import View, views
 
 SILENT = "echo 'slurm_load_jobs error: Socket timed out' >&2; exit 1"
@@ -38,14 +38,38 @@ def view(run: RunDirectory) -> View:
     return views([run])[0]
 
 
-@pytest.mark.parametrize(("state", "words"), [(State.submitted, "cancelled in the queue"), (State.running, "a word")])
-def test_a_job_that_was_cancelled_before_it_began_is_told_from_one_that_has_died(
-    run: RunDirectory, state: State, words: str
-) -> None:
+@pytest.mark.parametrize(
+    ("state", "words"), [(State.submitted, "in the queue (scancel)"), (State.running, "by scancel")]
+)
+def test_a_job_that_was_cancelled_is_told_from_one_that_has_died(run: RunDirectory, state: State, words: str) -> None:
     squeue_says(run, "echo '9|CANCELLED|ReqNodeNotAvail|N/A|'")
     Status(state, job_id="9").write(run.status)
-    assert view(run).condition == "dead"
+    assert view(run).condition == "cancelled"
     assert words in str(view(run).explanation)
+    squeue_says(run, "echo '9|FAILED|NonZeroExitCode|N/A|'")
+    assert view(run).condition == "dead"
+    assert "without a word" in str(view(run).explanation)
+
+
+@pytest.mark.parametrize("state", [State.running, State.stopping, State.resumable])
+def test_a_job_that_slurm_has_taken_back_into_its_queue_is_submitted(run: RunDirectory, state: State) -> None:
+    """After a lost node nobody is left to write that down."""
+    Status(state, job_id="9", reason="stopped on request").write(run.status)
+    squeue_says(run, "echo '9|PENDING|BeginTime|N/A|'")
+    assert view(run).condition == "submitted"
+    assert view(run).explanation == "stopped on request; back in the queue"
+    squeue_says(run, "echo '9|COMPLETING|None|N/A|'")
+    assert view(run).condition == ("running" if state is State.running else "stopping")
+
+
+def test_logs_of_a_dead_run_are_not_waited_for(run: RunDirectory) -> None:
+    squeue_says(run, "echo '9|FAILED|NonZeroExitCode|N/A|'")
+    Status(State.submitted, job_id="9").write(run.status)
+    for words in ([], ["-f"]):
+        with pytest.raises(RunError, match="has no logs, and none will come: it is dead") as raised:
+            logs.act([str(run.path), *words])
+        assert "-f" not in str(raised.value)
+        assert str(run.submission) in str(raised.value)
 
 
 @pytest.mark.parametrize("host", [None, "node1"])

@@ -16,6 +16,7 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmiss
 from submitit.slurm.slurm import SlurmExecutor
 
 from launcher.clusters.slurm import queue
+from launcher.clusters.slurm.aftermath import lines_after, lines_before
 from launcher.clusters.slurm.setup import setup_lines
 from launcher.config.schema import RunConfig
 from launcher.config.sizes import node_range
@@ -23,14 +24,18 @@ from launcher.environment import outside_of_jobs
 from launcher.errors import RequestError
 from launcher.observe.terminal import say
 
-__all__ = ["Arguments", "UnknownOutcomeError", "batch_file", "sbatch", "test_only"]
+__all__ = ["CODE", "Arguments", "UnknownOutcomeError", "batch_file", "sbatch", "test_only"]
 
+CODE = "code"
+"""The folder of the snapshot, in that of a submission."""
 Arguments = tuple[str, int, str, str]
 """Of ``node.main``: run, attempt, submission, folder."""
 _SLURM_EARLY_SECONDS = 60
 """sbatch(1): a signal may come that much earlier than asked for. ``watch.Deadline`` is exact; SLURM's is behind it."""
 _NO_ANSWER = ("timed out", "zero bytes", "receive failure", "connection reset")
 """In sbatch's words when its request has gone out, and no answer has come: SLURM may act on it all the same."""
+_NOT_REACHED = ("unable to contact", "connection refused", "communication")
+"""The same where its request has not even gone out."""
 _LOOK_SECONDS = 30.0
 _LOOK_AGAIN_SECONDS = 1.0
 
@@ -55,7 +60,7 @@ def sbatch(config: RunConfig, folder: Path, workdir: Path, tasks: Sequence[Argum
     from launcher.clusters.slurm.node import main
 
     with _outside_of_jobs():
-        executor = _executor(config, folder, workdir)
+        executor = _executor(config, folder, workdir, [Path(task[0]) for task in tasks])
         try:
             if len(tasks) == 1:
                 return [executor.submit(main, *tasks[0]).job_id]
@@ -108,15 +113,15 @@ def _found(folder: Path, tasks: Sequence[Arguments], words: str) -> list[str]:
     return ids
 
 
-def batch_file(config: RunConfig, folder: Path, workdir: Path) -> str:
+def batch_file(config: RunConfig, run: Path, folder: Path, workdir: Path) -> str:
     """The exact text that sbatch would be given."""
     with _outside_of_jobs():
-        executor = _executor(config, folder, workdir)
+        executor = _executor(config, folder, workdir, [run])
         return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
-def test_only(text: str) -> tuple[bool, str]:
-    """Ask SLURM when such a job would start; whether it would at all, and its own words."""
+def test_only(text: str) -> tuple[bool | None, str]:
+    """Ask SLURM when such a job would start; whether it would at all (None: it does not answer), and its own words."""
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(text)
         file.flush()
@@ -131,20 +136,22 @@ def test_only(text: str) -> tuple[bool, str]:
         except FileNotFoundError:
             return False, "there is no sbatch here: try it on a login node"
     words = (done.stderr or done.stdout).replace("sbatch: ", "").strip()
+    if done.returncode != 0 and any(said in words.lower() for said in (*_NO_ANSWER, *_NOT_REACHED)):
+        return None, words
     return done.returncode == 0, words
 
 
-def _executor(config: RunConfig, folder: Path, workdir: Path) -> SlurmExecutor:
+def _executor(config: RunConfig, folder: Path, workdir: Path, runs: Sequence[Path]) -> SlurmExecutor:
     cluster = config.cluster
     try:
         executor = SlurmExecutor(folder, python=shlex.quote(cluster.python) if cluster.python is not None else None)
     except RuntimeError as error:
         raise RequestError(f"cluster=slurm: there is no srun here ({error}): submit from a login node.") from error
-    executor.update_parameters(**_parameters(config, workdir))
+    executor.update_parameters(**_parameters(config, workdir, runs))
     return executor
 
 
-def _parameters(config: RunConfig, workdir: Path) -> dict[str, Any]:
+def _parameters(config: RunConfig, workdir: Path, runs: Sequence[Path]) -> dict[str, Any]:
     cluster, nodes = config.cluster, node_range(config)
     more: dict[str, Any] = {"requeue" if cluster.requeue else "no-requeue": True, "chdir": str(workdir)}
     more |= {
@@ -167,8 +174,9 @@ def _parameters(config: RunConfig, workdir: Path) -> dict[str, Any]:
         "cpus_per_task": cluster.cpus_per_task,
         "mem": None if cluster.memory_gib is None else f"{round(cluster.memory_gib * 1024)}M",
         "signal_delay_s": max(1, cluster.signal_lead_seconds - _SLURM_EARLY_SECONDS),
-        "setup": setup_lines(config, os.environ),
-        "srun_args": _srun_arguments(config, workdir),
+        "setup": [*lines_before(runs), *setup_lines(config, os.environ), "set +eu"],
+        "teardown": lines_after(config),
+        "srun_args": _srun_arguments(config, workdir, runs),
         "additional_parameters": more,
         "stderr_to_stdout": True,
     }
@@ -178,7 +186,7 @@ def _parameters(config: RunConfig, workdir: Path) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if value is not None or name == "wckey"}
 
 
-def _srun_arguments(config: RunConfig, workdir: Path) -> list[str]:
+def _srun_arguments(config: RunConfig, workdir: Path, runs: Sequence[Path]) -> list[str]:
     cluster = config.cluster
     arguments = ["--kill-on-bad-exit=1"]
     if node_range(config).is_elastic:
@@ -186,14 +194,21 @@ def _srun_arguments(config: RunConfig, workdir: Path) -> list[str]:
     if cluster.cpus_per_task is not None:
         arguments.append(f"--cpus-per-task={cluster.cpus_per_task}")  # srun does not inherit it from sbatch
     if cluster.container_image is not None:
-        own = dict.fromkeys(map(str, (Path.cwd(), workdir, Path(config.runs_root).absolute())))
-        mounts = [*(f"{folder}:{folder}" for folder in own), *cluster.container_mounts]
+        mounts = [*(f"{folder}:{folder}" for folder in _own_folders(config, workdir, runs)), *cluster.container_mounts]
         arguments += [
             f"--container-image={cluster.container_image}",
             f"--container-mounts={','.join(mounts)}",
             f"--container-workdir={workdir}",
         ]
     return arguments
+
+
+def _own_folders(config: RunConfig, workdir: Path, runs: Sequence[Path]) -> list[Path]:
+    """What a container must have at the same path: the project, the code, and the runs, wherever they lie."""
+    root = Path(config.runs_root).absolute()
+    elsewhere = [run for run in runs if not run.is_relative_to(root)]
+    root_too = [root] if len(elsewhere) < len(runs) else []  # nobody may have made it: pyxis would refuse
+    return list(dict.fromkeys([Path.cwd(), workdir, *root_too, *elsewhere]))
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters.slurm import network, queue
-from launcher.clusters.slurm.queue import QueueError
+from launcher.clusters.slurm import network
+from launcher.clusters.slurm.nodes import node_names, slurm_address, why_silent
 from launcher.environment import JobPlace
 from launcher.errors import RunError
 from launcher.rundir.records import read_json, recording, write_json
@@ -31,7 +31,16 @@ _ANSWER = timedelta(seconds=20)
 
 
 class MissingNodesError(Exception):
-    """Nodes of the job have not arrived in time; says which, and why as far as that is known."""
+    """Nodes of the job have not arrived in time; says which, and why as far as that is known.
+
+    Args:
+        message: for the user.
+        nodes: their names.
+    """
+
+    def __init__(self, message: str, nodes: Sequence[str]) -> None:
+        super().__init__(message)
+        self.nodes = nodes
 
 
 @dataclass(frozen=True)
@@ -73,21 +82,28 @@ class Channel:
         """
         deadline = time.monotonic() + self._timeout_seconds
         missing = list(range(self.place.num_nodes))
-        while missing and not stop():
-            missing = [node for node in missing if not self._store.check([f"arrived/{node}"])]
+        while missing := [node for node in missing if not self._store.check([f"arrived/{node}"])]:
             complained = [node for node in missing if _complaint(complaints, self.place, node).exists()]
-            if missing and (complained or time.monotonic() > deadline):
-                raise MissingNodesError(self._explain(complained or missing, complaints))
+            if complained or time.monotonic() > deadline:  # first: who has complained ends, and srun then ends all
+                silent = complained or missing
+                raise MissingNodesError(self._explain(silent, complaints), self.names(silent))
+            if stop():
+                return
             time.sleep(_POLL_SECONDS)
 
     def _explain(self, missing: Sequence[int], complaints: Path) -> str:
-        names = _node_names(self.place)
+        names = node_names(self.place)
         reasons = []
         for node in missing:
             complaint = _complaint(complaints, self.place, node)
-            why = complaint.read_text(encoding="utf-8").strip() if complaint.exists() else _why(names[node])
+            why = complaint.read_text(encoding="utf-8").strip() if complaint.exists() else why_silent(names[node])
             reasons.append(f"{names[node]} ({node + 1} of {self.place.num_nodes}): {why}")
         return "node(s) that did not join the run: " + "; ".join(reasons)
+
+    def names(self, nodes: Sequence[int]) -> list[str]:
+        """Of any nodes of the job."""
+        names = node_names(self.place)
+        return [names[node] for node in nodes]
 
     def hosts(self, num_nodes: int) -> list[str]:
         """The names of the first nodes, which have arrived."""
@@ -127,12 +143,24 @@ class Channel:
         """All that this node had to write about an attempt is written."""
         self._store.set(f"ended/{attempt}/{self.place.node}", "")
 
-    def wait_until_ended(self, attempt: int | str, num_nodes: int, timeout_seconds: float) -> None:
-        """On the first node: until the others of ``num_nodes`` have said so, or are not expected to any more."""
-        deadline = time.monotonic() + timeout_seconds
-        others = [f"ended/{attempt}/{node}" for node in range(1, num_nodes)]
-        while others and not self._store.check(others) and time.monotonic() < deadline:
+    def wait_until_ended(self, attempt: int | str, num_nodes: int, patience: Callable[[], float]) -> list[int]:
+        """On the first node: until the others of ``num_nodes`` have said so.
+
+        Args:
+            attempt: that has ended.
+            num_nodes: that were to take part.
+            patience: how long they may take, in seconds; asked again and again.
+
+        Returns:
+            Those that have not.
+        """
+        began = time.monotonic()
+        others = list(range(1, num_nodes))
+        while others := [node for node in others if not self._store.check([f"ended/{attempt}/{node}"])]:
+            if time.monotonic() - began > patience():
+                break
             time.sleep(_POLL_SECONDS)
+        return others
 
     def another(self) -> Channel:
         """A connection of its own, for another thread."""
@@ -162,10 +190,10 @@ def join(place: JobPlace, timeout_seconds: float, folder: Path) -> Channel:
         RunError: the first node has not come, or cannot be reached; says so to it, too.
     """
     deadline = time.monotonic() + timeout_seconds
-    file, names = _address_file(folder, place), _node_names(place)
+    file, names = _address_file(folder, place), node_names(place)
     while not file.exists():
         if time.monotonic() > deadline:
-            raise RunError(f"{names[0]}, the first node, did not join the run: {_why(names[0])}")
+            raise RunError(f"{names[0]}, the first node, did not join the run: {why_silent(names[0])}")
         time.sleep(_POLL_SECONDS)
     found = read_json(file)
     address, port = str(found["address"]), int(found["port"])
@@ -189,42 +217,14 @@ def _own_address(place: JobPlace, interface: str | None) -> str:
         return network.address_of(interface)
     if place.num_nodes == 1:
         return "127.0.0.1"
-    other = _node_names(place)[1]
+    other = node_names(place)[1]
     try:
-        return network.address_towards(_slurm_address(other))
+        return network.address_towards(slurm_address(other))
     except OSError as error:
         raise RunError(
             f"{socket.gethostname()} knows no way to {other} ({error}): name the network interface that the nodes "
             "share with cluster.interface."
         ) from error
-
-
-def _slurm_address(node: str) -> str:
-    """What SLURM itself connects to."""
-    try:
-        words = queue.run(["scontrol", "--oneliner", "show", "node", node]).split()
-    except QueueError:
-        return node
-    return next((word.removeprefix("NodeAddr=") for word in words if word.startswith("NodeAddr=")), node)
-
-
-def _node_names(place: JobPlace) -> list[str]:
-    try:
-        names = queue.hostnames(place.node_list)
-    except QueueError:
-        names = []
-    return names if len(names) == place.num_nodes else [f"node {number}" for number in range(place.num_nodes)]
-
-
-def _why(node: str) -> str:
-    """What SLURM says of a node from which nothing was heard."""
-    try:
-        state = queue.run(["sinfo", "--noheader", "--Node", f"--nodes={node}", "--format=%T|%E"]).split("\n")[0]
-    except QueueError as error:
-        return f"nothing was heard of it, and SLURM cannot be asked ({error})"
-    word, _, reason = state.partition("|")
-    said = f"{word}, {reason.strip()}" if reason.strip() not in ("", "none") else word
-    return f"nothing was heard of it (SLURM: {said}); its task's own log is in the run's submission folder"
 
 
 def _address_file(folder: Path, place: JobPlace) -> Path:

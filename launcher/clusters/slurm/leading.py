@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,14 +21,14 @@ from launcher.clusters.attempts import (
 from launcher.clusters.deaths import unknown_death
 from launcher.clusters.entering import has_finished
 from launcher.clusters.progress import Restarts, lost_in_a_row, where
-from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.channel import Channel, Directive, MissingNodesError, open_channel
+from launcher.clusters.slurm.ending import end_without_attempt, job_goes_on, leave
+from launcher.clusters.slurm.joblog import lost_words, task_words
 from launcher.clusters.slurm.node import use_network, work
-from launcher.clusters.slurm.queue import NoQueueError, QueueError
 from launcher.clusters.slurm.watch import Deadline
 from launcher.config.files import load_config
 from launcher.config.schema import RunConfig
-from launcher.config.sizes import misfits, usable_nodes, world_size
+from launcher.config.sizes import misfits, node_range, usable_nodes, world_size
 from launcher.environment import JobPlace
 from launcher.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEST, EXIT_RESUMABLE, RequestError, RunError
 from launcher.observe.terminal import say
@@ -48,9 +47,9 @@ __all__ = ["lead"]
 _LOCK_PATIENCE_SECONDS = 30.0
 _REPORTS_SECONDS = 30.0
 """How long the other nodes may take to end their workers and write down why."""
+_LAST_REPORTS_SECONDS = 8.0
+"""The same once this process is asked to end, as srun asks it when another task has died: KillWait follows."""
 _FAREWELL_SECONDS = 10.0
-_PATIENCE_SECONDS = 20.0
-"""How long a silent controller is asked again; SLURM's KillWait, 30 s by default, may be running."""
 
 
 def lead(run: RunDirectory, config: RunConfig, place: JobPlace, submission: Path, forwarder: StopForwarder) -> int:
@@ -67,19 +66,19 @@ def lead(run: RunDirectory, config: RunConfig, place: JobPlace, submission: Path
     try:
         channel = open_channel(place, config.cluster.interface, timeout, submission)
     except RunError as error:
-        _end_without_attempt(run, str(error))
+        end_without_attempt(run, str(error))
         return EXIT_FAILED
     use_network(config.cluster.interface, channel.address)
     channel.arrive()
     try:
         code = _Turn(run, place, channel, submission, forwarder).run()
-    except RequestError as error:  # a full disk, a damaged file: not a mistake of ours
-        code = _end_without_attempt(run, str(error))
+    except (OSError, RequestError) as error:  # a full disk, a damaged file: not a mistake of ours
+        code = end_without_attempt(run, str(error))
     except Exception as error:  # a mistake of ours: the job ends, and the run is not left as if it went on
         traceback.print_exc()
-        code = _end_without_attempt(run, f"the first node failed: {type(error).__name__}: {error}")
+        code = end_without_attempt(run, f"the first node failed: {type(error).__name__}: {error}")
     channel.direct(Directive(exit_code=code))
-    channel.wait_until_ended("all", place.num_nodes, _FAREWELL_SECONDS)
+    channel.wait_until_ended("all", place.num_nodes, lambda: _FAREWELL_SECONDS)
     return code
 
 
@@ -105,25 +104,33 @@ class _Turn:
             say(f"the run {run.path} has finished")
             return EXIT_FINISHED
         if is_cancelled_at_once(run):
-            return _end_without_attempt(run, str(Cancellation.read(run)))
+            return end_without_attempt(run, str(Cancellation.read(run)))
         attempt = self._take_over()
         config = load_config(run.config_of(attempt))
         lost = lost_in_a_row(run) if self._place.turn > 0 else 0
         if reason := self._hopeless(config, lost):
-            return _end_without_attempt(run, reason)
+            return end_without_attempt(run, reason)
         started = time.time()
         try:
             self._channel.wait_for_all(self._submission, lambda: forwarder.requested is not None)
         except MissingNodesError as error:
-            end_run(run, attempt, started, State.failed, str(error))
-            say(f"launch: {error}", error=True)
-            return EXIT_FAILED
+            return self._leave_without(config, attempt, started, error)
         if forwarder.requested is not None:  # before anybody could train
             return self._leave(config, attempt, started, f"stopped on request ({forwarder.requested}) before it began")
         forwarder.on_request = lambda: mark_stopping(run)
         Deadline(self._place.job_id, config.cluster.signal_lead_seconds, run, forwarder.request)
         self._first = attempt if self._place.turn == 0 else None
         return self._attempts(config, attempt, Restarts(run, config, already=lost))
+
+    def _leave_without(self, config: RunConfig, attempt: int, started: float, error: MissingNodesError) -> int:
+        """Nodes have not come: without them if the job's range allows that, or failed."""
+        left, allowed = self._place.num_nodes - len(error.nodes), node_range(config)
+        if allowed.is_elastic and config.cluster.requeue and left >= allowed.least:
+            reason = f"{error}; going on without"
+            return leave(self._run, self._place, config, attempt, started, reason, without=error.nodes)
+        end_run(self._run, attempt, started, State.failed, str(error))
+        say(f"launch: {error}", error=True)
+        return EXIT_FAILED
 
     def _hopeless(self, config: RunConfig, lost: int) -> str | None:
         """Why there is to be no attempt in this turn."""
@@ -159,7 +166,8 @@ class _Turn:
             self._lock.sign(attempt)
         except RunError as error:  # the file server has not noticed yet that a lost node is gone; the fence holds
             say(f"warning: going on without the run's lock: {error}", error=True)
-        record_lost_attempts(run, previous, before=attempt)
+        words = lost_words(run, self._place.job_id, self._place.turn - 1)
+        record_lost_attempts(run, previous, before=attempt, reason=words)
         status = Status.read(run.status)
         status = status.now(State.running, attempt=attempt, hosts=(), job_id=self._place.job_id, reason=None)
         status.write(run.status)
@@ -171,26 +179,43 @@ class _Turn:
         while True:
             begin_attempt(run, attempt, self._forwarder.requested is not None, channel.hosts(self._num_nodes))
             started = time.time()
-            say(f"attempt {attempt} of {run.path}, {where(restarts.newest_step)}, on {self._in_words()}")
+            say(f"{self._begins(attempt)}, {where(restarts.newest_step)}, on {self._in_words()}")
             directive = Directive(attempt, self._num_nodes)
             channel.direct(directive)
             result = work(run, directive, channel, self._forwarder)
             if isinstance(result, dict):
                 return self._end(config, attempt, started, result[0])
-            channel.wait_until_ended(attempt, self._num_nodes, _REPORTS_SECONDS)
+            silent = channel.wait_until_ended(attempt, self._num_nodes, self._reports_patience)
             if not Fence(run, attempt).holds():
                 return EXIT_RESUMABLE
             if is_cancelled_at_once(run):
                 end_run(run, attempt, started, State.failed, str(Cancellation.read(run)))
                 return EXIT_FAILED
-            if not self._job_goes_on():
+            if not job_goes_on(self._place):
                 say("SLURM has ended this turn of the job: not restarting here", error=True)
                 return EXIT_RESUMABLE
+            if silent:
+                return self._leave(config, attempt, started, self._gone(attempt, silent))
             failure = first_failure(run, attempt, result) or unknown_death(run, attempt)
             refusal = self._refusal(attempt, started, failure, restarts)
             if refusal is not None:
                 return failure.exit_code
             attempt += 1
+
+    def _begins(self, attempt: int) -> str:
+        """The beginning of an attempt's first line in the job's log."""
+        return f"attempt {attempt} of {self._run.path}"
+
+    def _reports_patience(self) -> float:
+        return _REPORTS_SECONDS if self._forwarder.requested is None else _LAST_REPORTS_SECONDS
+
+    def _gone(self, attempt: int, nodes: Sequence[int]) -> str:
+        """Why an attempt has failed of which some nodes' tasks say nothing: another one here would wait for them."""
+        said = task_words(self._run, self._place.job_id, self._begins(attempt))
+        return said or f"nothing more was heard of {', '.join(self._channel.names(nodes))}"
+
+    def _leave(self, config: RunConfig, attempt: int, started: float, reason: str) -> int:
+        return leave(self._run, self._place, config, attempt, started, reason)
 
     def _in_words(self) -> str:
         used, there = self._num_nodes, self._place.num_nodes
@@ -199,7 +224,7 @@ class _Turn:
     def _refusal(self, attempt: int, started: float, failure: Failure, restarts: Restarts) -> str | None:
         """Write down a failure; why no other attempt follows it in this allocation, or None if one does."""
         run = self._run
-        reason = f"rank {failure.rank}: {failure.message}"
+        reason = failure.reason
         has_stepped = len(reported_steps(run, attempt)) > 0
         refusal = restarts.refusal(failure, has_stepped, self._forwarder.requested is not None)
         explained = f"{reason} ({refusal})" if refusal else reason
@@ -219,56 +244,3 @@ class _Turn:
             return EXIT_FINISHED
         asked = Cancellation.read(self._run) or self._forwarder.requested or "a signal to a worker"
         return self._leave(config, attempt, started, f"stopped on request ({asked}) after step {outcome.step}")
-
-    def _leave(self, config: RunConfig, attempt: int, started: float, reason: str) -> int:
-        """Stopped: for good, for somebody to resume, or for SLURM to start the job again."""
-        run, request = self._run, Cancellation.read(self._run)
-        say(reason)
-        if not config.cluster.requeue or (request is not None and not request.requeue):
-            end_run(run, attempt, started, State.resumable, reason)
-            return EXIT_RESUMABLE
-        job = self._job()
-        if job is not None and job.get("JobState") != "RUNNING":
-            # Cancelled, or requeued by SLURM itself: both look alike (COMPLETING) until these processes have ended, and
-            # scontrol would requeue a cancelled job too.
-            end_run(run, attempt, started, State.resumable, f"{reason}; SLURM has ended this turn of the job")
-            return EXIT_RESUMABLE
-        end_run(run, attempt, started, State.resumable, reason)
-        status = Status.read(run.status)
-        queued = f"{reason}; back in the queue"
-        status.now(State.submitted, attempt=attempt + 1, hosts=(), reason=queued).write(run.status)
-        try:
-            queue.requeue(self._place.job_id)
-        except QueueError as error:
-            silent = "SLURM could not be asked, and " if job is None else ""
-            why = f"{reason}; {silent}it could not be requeued: {error}"
-            status.now(State.resumable, reason=why).write(run.status)
-            say(why, error=True)
-            return EXIT_RESUMABLE
-        Cancellation.clear(run)  # last: whoever has asked waits for it
-        return EXIT_FINISHED
-
-    def _job(self) -> dict[str, str] | None:
-        """What SLURM says of the job; None if it cannot be asked here, or does not answer."""
-        try:
-            return queue.show(self._place.job_id, _PATIENCE_SECONDS)
-        except QueueError:
-            return None
-
-    def _job_goes_on(self) -> bool:
-        """Whether SLURM still counts on this turn of the job: it may have given up a node, this one included."""
-        try:
-            job = queue.show(self._place.job_id)
-        except NoQueueError:  # as in some containers
-            return True
-        except QueueError:  # this node is cut off
-            return False
-        return job.get("JobState") == "RUNNING" and job.get("Restarts", "0") == str(self._place.turn)
-
-
-def _end_without_attempt(run: RunDirectory, reason: str) -> int:
-    """The run has failed before anything was started; that is said even if it cannot be written down."""
-    with suppress(OSError, RunError):
-        Status.read(run.status).now(State.failed, reason=reason).write(run.status)
-    print(f"launch: {reason}", file=sys.stderr, flush=True)
-    return EXIT_FAILED

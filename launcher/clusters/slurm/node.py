@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from launcher.clusters.slurm.watch import FailureWatch, watch_fence
 from launcher.config.files import load_config
 from launcher.config.schema import RunConfig
 from launcher.environment import JobPlace
-from launcher.errors import EXIT_FAILED, RunError
+from launcher.errors import EXIT_FAILED, EXIT_UNWRITABLE, RunError
 from launcher.rundir import RunDirectory
 from launcher.rundir.access import restrict_umask
 from launcher.rundir.cancellation import is_cancelled_at_once
@@ -52,14 +53,17 @@ def main(run_path: str, attempt: int, submission: str, folder: str) -> None:
     forwarder.ends_at_once = lambda: is_cancelled_at_once(run)
     config = load_config(run.config_of(attempt))
     with forwarder.listening():  # in place of submitit's handlers, which would requeue before anything is saved
-        if place.node == 0:
-            from launcher.clusters.slurm.leading import lead
+        try:
+            if place.node == 0:
+                from launcher.clusters.slurm.leading import lead
 
-            code = lead(run, config, place, Path(submission), forwarder)
-        else:
-            code = _follow(run, config, place, Path(submission), forwarder)
-    sys.stdout.flush()
-    sys.stderr.flush()
+                code = lead(run, config, place, Path(submission), forwarder)
+            else:
+                code = _follow(run, config, place, Path(submission), forwarder)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:  # this task's own log is on a disk that is full
+            code = EXIT_UNWRITABLE
     os._exit(code)  # no thread of a store that is gone keeps the node
 
 
@@ -85,8 +89,12 @@ def _follow(run: RunDirectory, config: RunConfig, place: JobPlace, submission: P
             print(f"attempt {directive.attempt}: not needed here, {directive.num_nodes} node(s) train", flush=True)
             timeout = None
             continue
-        work(run, directive, channel, forwarder)
-        channel.say_ended(directive.attempt)
+        try:
+            work(run, directive, channel, forwarder)
+            channel.say_ended(directive.attempt)
+        except RuntimeError as error:  # of torch's store
+            print(f"launch: the first node ({channel.address}) is gone: {error}", file=sys.stderr)
+            return EXIT_FAILED
         timeout = _DECISION_SECONDS
 
 
@@ -112,7 +120,8 @@ def work(
         silent = [silent_death(run, attempt, first + rank, code) for rank, code in died.deaths.items()]
         for failure in silent:
             if not run.rank_failure(attempt, failure.rank).exists():
-                failure.write(run.rank_failure(attempt, failure.rank))
+                with suppress(OSError):
+                    failure.write(run.rank_failure(attempt, failure.rank))
         channel.say_failed(attempt)
         return silent
     finally:

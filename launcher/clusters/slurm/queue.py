@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["NoQueueError", "QueueError", "SlurmJob", "ask", "cancel", "hostnames", "requeue", "scripts_below", "show"]
+from launcher.errors import EXIT_UNWRITABLE
+
+__all__ = [
+    "NoQueueError",
+    "QueueError",
+    "SlurmJob",
+    "ask",
+    "cancel",
+    "hostnames",
+    "requeue",
+    "requeue_without",
+    "scripts_below",
+    "show",
+]
 
 _TIMEOUT_SECONDS = 20.0
 _PAUSE_SECONDS = 1.0
@@ -43,6 +57,21 @@ class SlurmJob:
     def is_alive(self) -> bool:
         """Whether it is there, or will be: it may still write into the run."""
         return self.state in _WAITING + _THERE
+
+    @property
+    def is_unwritable(self) -> bool:
+        """Whether it has failed with the exit code that says why nothing else does; raises nothing."""
+        if self.state != "FAILED":
+            return False
+        try:
+            return show(self.job_id).get("ExitCode", "").startswith(f"{EXIT_UNWRITABLE}:")
+        except QueueError:  # SLURM has forgotten it; the accounting may not have
+            return self.reason == f"exit code {EXIT_UNWRITABLE}:0"
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is in the queue, to be started, or started again."""
+        return self.state in _WAITING
 
     def __str__(self) -> str:
         return f"job {self.job_id} {self.state}" + (f" ({self.reason})" if self.reason else "")
@@ -142,6 +171,21 @@ def hostnames(node_list: str) -> list[str]:
 def requeue(job_id: str) -> None:
     """Have the job end, and begin again when it is its turn; raises QueueError if SLURM refuses."""
     run(["scontrol", "requeue", job_id])
+
+
+def requeue_without(job_id: str, nodes: Iterable[str]) -> None:
+    """Requeue the job, and have it start without these nodes, too; raises QueueError if SLURM refuses.
+
+    SLURM changes no job that runs; and with the requeue it sends SIGTERM to all that runs in the job, this
+    process's children included, which are started with that held back. The process itself lives on for KillWait.
+    """
+    before = _known(show(job_id).get("ExcNodeList", ""))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        requeue(job_id)
+        run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(filter(None, (before, *nodes)))}"])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def cancel(job_id: str, signal: str | None = None) -> None:

@@ -6,13 +6,12 @@ import shlex
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 
+from launcher.clusters.slurm.joblog import NOT_STARTED
 from launcher.config.schema import RunConfig
 from launcher.errors import RequestError
 
-__all__ = ["NOT_STARTED", "setup_lines"]
+__all__ = ["setup_lines"]
 
-NOT_STARTED = "launch: the job was not started: "
-"""How the batch file begins to say so in the job's log."""
 _SAY_WHICH = (
     f"""trap 'tminus_code=$?; [ -z "$tminus_line" ] || echo "{NOT_STARTED}its setup """
     """(cluster.modules, cluster.setup) has ended with exit code $tminus_code at: $tminus_line" >&2' EXIT"""

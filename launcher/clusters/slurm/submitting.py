@@ -6,7 +6,7 @@ import secrets
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,18 +14,18 @@ from pathlib import Path
 from launcher.clusters.attempts import take_back
 from launcher.clusters.entering import Entry, enter
 from launcher.clusters.folders import shown
+from launcher.clusters.signals import held_back
 from launcher.clusters.slurm import batch, queue
 from launcher.clusters.slurm.elements import alive, element, known_elements
 from launcher.clusters.slurm.snapshot import take_snapshot
 from launcher.config.schema import RunConfig
-from launcher.config.sizes import accumulation_steps, node_range, usable_nodes, world_size
+from launcher.config.sizes import node_range
 from launcher.observe.terminal import say
 from launcher.rundir import RunDirectory, State, Status, read_json, write_json
 from launcher.rundir.records import recording
+from launcher.rundir.sweeps import distinctions
 
-__all__ = ["check", "submit", "submit_sweep"]
-
-_CODE = "code"
+__all__ = ["submit", "submit_sweep"]
 
 
 @dataclass(frozen=True)
@@ -135,36 +135,15 @@ def submit_sweep(configs: Sequence[RunConfig], command: Sequence[str]) -> list[R
             for sent in group:
                 sent.release()
         cap = group[0].config.cluster.max_parallel_jobs
-        say(f"submitted: array {ids[0].partition('_')[0]}, {len(ids)} run(s){f', {cap} at once' if cap else ''}")
+        what = "array" if len(ids) > 1 else "job"
+        say(f"submitted: {what} {ids[0].partition('_')[0]}, {len(ids)} run(s){f', {cap} at once' if cap else ''}")
+        differs = distinctions(runs)
         for sent, job_id in zip(group, ids, strict=True):
-            say(f"  {shown(sent.entry.run.path)}: job {job_id}")
+            run = sent.entry.run
+            say(f"  {shown(run.path)}: job {job_id}  {differs.get(run.path, '')}".rstrip())
     left = len(configs) - sum(map(len, groups.values()))
     say(f"to look at them: launch ls, launch status RUN{f'; {left} left as they are' if left else ''}")
     return runs
-
-
-def check(config: RunConfig) -> bool:
-    """Print what would be submitted, and ask SLURM when it would start; returns whether it would."""
-    run = Path(config.run_dir or Path(config.runs_root) / config.name / "ID").absolute()
-    folder = run / "submission" / "0"
-    text = batch.batch_file(config, folder, folder / _CODE if config.cluster.snapshot else Path.cwd())
-    say(text)
-    accepted, words = batch.test_only(text)
-    say(f"SLURM says: {words}" if accepted else f"SLURM would refuse it: {words}", error=not accepted)
-    for line in _shares(config):
-        say(line)
-    say("nothing was submitted")
-    return accepted
-
-
-def _shares(config: RunConfig) -> Iterator[str]:
-    """For each number of machines that there may be, who shares the global batch, and how."""
-    for count in node_range(config).counts:
-        usable = usable_nodes(config, count)
-        workers = world_size(config, usable)
-        of_them = "" if usable == count else f", of which {usable} train"
-        micro = f"{accumulation_steps(config, workers)} micro-batch(es) of {config.train.micro_batch_size} in a step"
-        yield f"on {count} node(s){of_them}: {workers} worker(s) on {config.device.value}, each {micro}"
 
 
 def _prepared(config: RunConfig, entry: Entry, run_dir: str | None) -> _Sent:
@@ -190,29 +169,43 @@ def _send(group: Sequence[_Sent], folder: Path, command: Sequence[str]) -> list[
     config = group[0].config
     workdir = Path.cwd()
     ids: list[str] = []
+    recorded = False
     with recording(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if config.cluster.snapshot:
-                workdir = folder / _CODE
+                workdir = folder / batch.CODE
                 take_snapshot(Path.cwd(), workdir, Path(config.runs_root), config.cluster.snapshot_limit_mib)
-            ids = batch.sbatch(config, folder, workdir, [sent.arguments() for sent in group])
-            for sent, job_id in zip(group, ids, strict=True):
-                _record(sent, job_id, folder, workdir, command)
+            with held_back():  # nothing comes between sbatch and the record of its job
+                ids = batch.sbatch(config, folder, workdir, [sent.arguments() for sent in group])
+                for sent, job_id in zip(group, ids, strict=True):
+                    _record(sent, job_id, folder, workdir, command)
+                recorded = True
         except batch.UnknownOutcomeError as error:
             for sent in group:
                 sent.keep(str(error))
             raise batch.UnknownOutcomeError(f"{error}. {_how_to_look(group, folder)}") from error
+        except KeyboardInterrupt:
+            if recorded:
+                name = shown(group[0].entry.run.path) if len(group) == 1 else "RUN, for each of its runs"
+                say(f"interrupted, but job {ids[0]} is submitted; to end it: launch cancel {name}", error=True)
+            else:
+                _undo(group, folder)
+            raise
         except BaseException:
             if ids:  # a job that nobody would know of
                 with suppress(queue.QueueError):
                     queue.cancel(ids[0].partition("_")[0])
-            for sent in group:
-                sent.undo()
-            if folder.exists():
-                shutil.rmtree(folder)
+            _undo(group, folder)
             raise
     return ids
+
+
+def _undo(group: Sequence[_Sent], folder: Path) -> None:
+    for sent in group:
+        sent.undo()
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _record(sent: _Sent, job_id: str, folder: Path, workdir: Path, command: Sequence[str]) -> None:
