@@ -48,13 +48,13 @@ def attach(model: nn.Module, codec: str, *, scaler: Any = None, **options: Any) 
     """
     config = _config(codec, options)
     _check_use(model, scaler)
+    sharded: list[nn.Module] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if isinstance(model, DistributedDataParallel):
         _check(config, Strategy.ddp)
         wire = Wire(next(model.module.parameters()).device, scaler)
         attach_replicated(model, config, wire)
         _attached.add(model)
         return wire
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not sharded:
         raise ConfigurationError(
             f"{type(model).__name__} is neither wrapped in DistributedDataParallel nor passed through fully_shard: "
@@ -64,7 +64,7 @@ def attach(model: nn.Module, codec: str, *, scaler: Any = None, **options: Any) 
     _check(config, Strategy.hsdp if parameter.device_mesh.ndim == 2 else Strategy.fsdp)
     wire = Wire(parameter.device, scaler)
     attach_sharded(model, config, wire)
-    _attached.add(model)
+    _attached.update(sharded)
     return wire
 
 
@@ -86,8 +86,9 @@ def _config(codec: str, options: dict[str, Any]) -> CompressionConfig:
 
 
 def _check_use(model: nn.Module, scaler: Any) -> None:
-    if model in _attached:
-        raise ConfigurationError(f"This {type(model).__name__} has a codec already: attach one, once.")
+    for module in model.modules():
+        if module in _attached:
+            raise ConfigurationError(f"This {type(module).__name__} has a codec already: attach one, once.")
     if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
         raise ConfigurationError(
             f"scaler={scaler!r} has no get_scale(): pass the GradScaler that multiplies the loss, or nothing."

@@ -55,6 +55,7 @@ class Channel:
         self._axis = axis
         self._weight = weight
         self._keeps_errors = config.error_feedback
+        wire.keeps_errors |= config.error_feedback
         self._memories: dict[Hashable, _Memory] = {}
         sizes = _SIZES[team.device.type]
         codec = _codec(config)

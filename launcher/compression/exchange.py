@@ -260,8 +260,7 @@ class Exchange:
                     whole = self._workspace[1][: self._padded(last - first)]
                     self.codec.decode(portion, whole)
                     target.copy_(whole[: last - first])
-                if job.gathered is not None:
-                    job.terms.look(target)
+                job.terms.look(target)
 
     def _encode(
         self, values: Tensor, out: Tensor, length: int, feedback: Feedback | None, offset: int, terms: StepTerms

@@ -47,11 +47,11 @@ class Feedback:
         if not self._written:
             self._magnitude.zero_()
             self._written = True
-        # Looked at now, while they are in the cache: another reading of all errors would delay the next step.
-        self._magnitude.add_(torch.linalg.vector_norm(errors, out=self._norm))
+        if terms.looks:  # now, while they are in the cache: another reading of all errors would delay the next step
+            self._magnitude.add_(torch.linalg.vector_norm(room, out=self._norm))
 
     def is_spoilt(self) -> Tensor:
-        """Whether the step under way has lost what is not finite, a bool scalar on the device."""
+        """Whether a step that is looked at has lost what is not finite, a bool scalar on the device."""
         if not self._written:
             return torch.zeros((), dtype=torch.bool, device=self.fresh.device)
         return self._magnitude.isfinite().logical_not()

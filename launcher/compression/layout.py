@@ -6,12 +6,15 @@ other buckets, under another strategy, and on another number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-__all__ = ["Layout", "Slice", "parse_key", "slice_key"]
+from launcher.errors import JobError
+
+__all__ = ["Layout", "Slice", "parse_key", "refuse_complex", "slice_key"]
 
 
 @dataclass(frozen=True)
@@ -77,3 +80,17 @@ def parse_key(key: str) -> tuple[str, str, int]:
     kind, _, rest = key.partition("/")
     name, _, start = rest.rpartition("/")
     return kind, name, int(start) if start.isdecimal() else -1
+
+
+def refuse_complex(names: Mapping[Any, str]) -> None:
+    """Raises JobError if a parameter is complex: encoders see real numbers, and would drop the rest.
+
+    Args:
+        names: by parameter.
+    """
+    found = [name for parameter, name in names.items() if parameter.is_complex() and parameter.requires_grad]
+    if found:
+        raise JobError(
+            f"The parameter {found[0]} is complex, which no codec can encode: use compression=none, or keep its real "
+            "and imaginary part as real parameters (torch.view_as_real)."
+        )

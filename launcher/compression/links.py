@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +72,13 @@ def host_key() -> str:
     )
 
 
+def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """How long a group on CPUs waits; None, the backend's default, where it cannot be told: torch has no public way."""
+    backend = group._get_backend(torch.device("cpu"))
+    timeout: timedelta | None = getattr(getattr(backend, "options", None), "_timeout", None)
+    return timeout
+
+
 class Parcel(NamedTuple):
     """One message; at most one under way for a pair of ranks and a tag."""
 
@@ -120,7 +128,8 @@ class Team:
             if not self._coalesces:
                 # gloo's collectives on one group must be called in one order, and a thread of ours has its own.
                 # NCCL's are put in order by the streams that they run on.
-                self.group = dist.new_group(dist.get_process_group_ranks(group), use_local_synchronization=True)
+                ranks = dist.get_process_group_ranks(group)
+                self.group = dist.new_group(ranks, timeout=_timeout_of(group), use_local_synchronization=True)
             dist.all_gather_object(hosts, host_key(), group=self.group)
         self.grid = Grid.of_hosts(hosts, self.rank)
 

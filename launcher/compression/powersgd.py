@@ -84,6 +84,7 @@ class PowerSGD:
         self._has_crossed = False
         self._thread: ThreadPoolExecutor | None = None
         wire.counters.append(team)
+        wire.keeps_errors = True
         wire.keepers.append(self)
 
     def prepare(self, index: int, layout: Layout) -> None:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from launcher.compression.channel import Channel
 from launcher.compression.courier import Courier, Errand, build_courier
-from launcher.compression.layout import Layout
+from launcher.compression.layout import Layout, refuse_complex
 from launcher.compression.links import Team
 from launcher.compression.powersgd import PowerSGD
 from launcher.compression.probe import OverflowProbe
@@ -91,6 +91,7 @@ def attach_replicated(
     names = {parameter: name for name, parameter in model.module.named_parameters()}
     hook = _Hook(names, wire, probe)
     group = model.process_group
+    wire.group = group
     if group.size() > 1:
         _choose(hook, config, group, wire)
     model.register_comm_hook(hook, _cross)
@@ -114,6 +115,7 @@ def _choose(hook: _Hook, config: CompressionConfig, group: dist.ProcessGroup, wi
     if config.codec is Codec.none:
         hook.send = _Summing(group, wire).send
         return
+    refuse_complex(hook.names)
     team = Team(group, wire.device)
     if config.codec is Codec.powersgd:
         factors = PowerSGD(team, config, wire, axis="replica")

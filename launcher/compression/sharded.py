@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo, FSDPMeshInfo
 
 from launcher.compression.channel import Channel
-from launcher.compression.layout import Layout
+from launcher.compression.layout import Layout, refuse_complex
 from launcher.compression.links import Team, reduce_scatter
 from launcher.compression.powersgd import PowerSGD
 from launcher.compression.probe import OverflowProbe
@@ -39,6 +39,8 @@ def attach_sharded(model: nn.Module, config: CompressionConfig, wire: Wire, prob
         probe: looks at what goes into the reduce-scatters.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
+    if config.codec is not Codec.none:
+        refuse_complex(names)
     routes = _Routes(config, wire)
     for module in model.modules():
         if isinstance(module, FSDPModule):

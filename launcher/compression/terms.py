@@ -28,7 +28,7 @@ class StepTerms:
         self.lost = torch.zeros(2, dtype=torch.float64, device=device)
         """Sums of squares since they were last taken: of what was lost, of what was to be encoded."""
         self.looks = False
-        """Whether results are looked at as they come, for a loop that does not say whether its step was applied."""
+        """Whether results and errors are looked at as they come, for a loop that does not tell if its step counted."""
         self._norm = torch.zeros((), device=device)
         self._magnitude = torch.zeros((), device=device)
 

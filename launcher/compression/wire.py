@@ -73,6 +73,10 @@ class Wire:
         self.keepers: list[Keeper] = []
         self.on_conclude: list[Callable[[], None]] = []
         """Called at the end of a step, while its gradients are still there."""
+        self.keeps_errors = False
+        """Whether a codec keeps anything from one step for the next."""
+        self.group: dist.ProcessGroup | None = None
+        """The ranks that train the model; None: all."""
         self._scaler = scaler
         self._is_told = False
         self._crossed: set[Hashable] = set()
@@ -105,13 +109,12 @@ class Wire:
             self._conclude_by_looks()
             scale = float(self._scaler.get_scale()) if self._scaler is not None else 1.0
             self.terms.begin(torch.full((), scale, device=self.device), measures=False)
-            self.terms.looks = True
+            self.terms.looks = self.keeps_errors
         self._crossed.add(key)
 
     def crossed(self, result: Tensor) -> None:
         """A flat tensor has come back, by a way that does not look at it itself."""
-        if self.residues or self.keepers:
-            self.terms.look(result)
+        self.terms.look(result)
 
     def _conclude_by_looks(self) -> None:
         """The last step was applied if all that came back was finite, and all that was lost: what this rank has sent
@@ -166,7 +169,8 @@ class Wire:
             read: gives what a rank has saved, on any device.
             saved_world_size: how many ranks there were.
         """
-        world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        initialized = dist.is_initialized()
+        world_size, rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if initialized else (1, 0)
         saved = read(rank) if rank < saved_world_size else {}
         for keeper in self.keepers:
             keeper.load_state_dict(saved)
@@ -190,8 +194,8 @@ class Wire:
 
     def _all_agree(self, vote: bool) -> bool:
         votes = torch.tensor(float(vote), device=self.device)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+        if dist.is_initialized() and dist.get_world_size(self.group) > 1:
+            dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self.group)
         return bool(votes.item())
 
     def _added_up(self, read: Callable[[int], Mapping[str, Tensor]], saved_world_size: int) -> dict[str, Tensor]:

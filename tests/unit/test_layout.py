@@ -80,6 +80,7 @@ APPLIED, SKIPPED = torch.tensor(0.0), torch.tensor(1.0)
 def test_an_applied_step_keeps_its_errors_and_a_skipped_one_leaves_the_last() -> None:
     feedback = Feedback(4, CPU)
     terms = StepTerms(CPU)
+    terms.looks = True
     feedback.keep(torch.tensor([1.0, 2.0, 3.0, 4.0]), 0, terms)
     feedback.settle(APPLIED)
     assert feedback.kept.tolist() == [1.0, 2.0, 3.0, 4.0]

@@ -1,0 +1,121 @@
+"""A codec on models, groups and loops that are not as T-minus makes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from launcher.compression import attach
+from launcher.compression.links import Team
+from launcher.errors import ConfigurationError, JobError
+from tests.ranks.processes import COLLECTIVE_SECONDS, Ranks
+from tests.ranks.reducing import Given, backward, drawn, gradients, replicated
+
+SHAPES = ((40, 12), (17,))
+
+
+def seconds_of_a_team(rank: int) -> float:
+    team = Team(dist.group.WORLD, torch.device("cpu"))
+    backend: Any = team.group._get_backend(torch.device("cpu"))
+    return float(backend.options._timeout.total_seconds())
+
+
+def test_a_team_waits_as_long_as_the_group_that_it_was_made_from(pools: dict[int, Ranks]) -> None:
+    assert pools[2].run(seconds_of_a_team) == [COLLECTIVE_SECONDS] * 2
+
+
+def taken_up_on_a_subgroup(rank: int) -> bool:
+    """Two pairs of ranks, each with a model of its own; one pair alone loads what it has saved."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    group = pairs[rank // 2]
+
+    def build() -> tuple[Any, Any]:
+        model = replicated(Given(SHAPES), process_group=group)
+        return model, attach(model, "int8")
+
+    model, wire = build()
+    wire.begin(torch.tensor(1.0))
+    backward(model, drawn(rank, 0, SHAPES))
+    wire.conclude(torch.tensor(0.0))
+    states: list[Any] = [None, None]
+    dist.all_gather_object(states, {key: value.clone() for key, value in wire.state_dict().items()}, group=group)
+    _, other = build()
+    if rank >= 2:
+        other.load_state_dict(lambda saved_rank: states[saved_rank], 2)
+        same = {key: value.tolist() for key, value in other.state_dict().items()}
+        return same == {key: value.tolist() for key, value in states[rank - 2].items()}
+    return True
+
+
+def test_a_model_on_some_of_the_ranks_takes_up_its_own_state(pools: dict[int, Ranks]) -> None:
+    assert all(pools[4].run(taken_up_on_a_subgroup))
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.zeros(4, dtype=torch.complex64))
+        self.real = nn.Parameter(torch.zeros(4))
+
+
+def refused_complex(rank: int) -> str:
+    with pytest.raises(JobError) as refusal:
+        attach(DistributedDataParallel(Complex()), "int8")
+    return str(refusal.value)
+
+
+def test_a_complex_parameter_is_refused_by_name(pools: dict[int, Ranks]) -> None:
+    for message in pools[2].run(refused_complex):
+        assert message.startswith("The parameter phase is complex")
+
+
+def refused_twice(rank: int) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for part in (model[0], model):
+        fully_shard(part, mesh=mesh)
+    attach(model[0], "int8")
+    with pytest.raises(ConfigurationError) as refusal:
+        attach(model, "int8")
+    return str(refusal.value)
+
+
+def test_a_model_of_which_a_part_has_a_codec_is_refused(pools: dict[int, Ranks]) -> None:
+    for message in pools[2].run(refused_twice):
+        assert "has a codec already" in message
+
+
+class Vanished:
+    """A scaler whose scale has gone down to nothing, as torch's can."""
+
+    scale = 1.0
+
+    def get_scale(self) -> float:
+        return self.scale
+
+
+def with_a_scale_of_zero(rank: int) -> list[float]:
+    scaler, model = Vanished(), replicated(Given(SHAPES))
+    wire = attach(model, "int8", scaler=scaler)
+    found = []
+    for step in range(4):
+        scaler.scale = 0.0 if step == 1 else 1.0
+        model.zero_grad(set_to_none=True)
+        backward(model, drawn(rank, step, SHAPES), scaler.scale)
+        found.append(max(each.abs().max().item() for each in gradients(model)))  # type: ignore[union-attr]
+    errors = wire.state_dict()
+    return [*found, max(value.abs().max().item() for key, value in errors.items() if not key.startswith("weight"))]
+
+
+def test_a_loss_scale_of_zero_does_not_spoil_what_is_kept(pools: dict[int, Ranks]) -> None:
+    for *steps, error in pools[2].run(with_a_scale_of_zero):
+        assert all(torch.isfinite(torch.tensor(steps)))
+        assert steps[1] == 0
+        assert 0 < error < 0.1
