@@ -27,7 +27,7 @@ from launcher.rundir.access import restrict_umask
 from launcher.rundir.cancellation import Cancellation
 from launcher.rundir.lock import RunLock
 from launcher.rundir.provenance import provenance
-from launcher.rundir.records import damaged, drop_cut_line, recording, write_text
+from launcher.rundir.records import damaged, drop_cut_line, read_json_lines, recording, write_text
 
 __all__ = ["Entry", "enter", "has_finished"]
 
@@ -121,7 +121,7 @@ def _same_run(run: RunDirectory, config: RunConfig, job_may_change: bool) -> Run
     """The run's configuration so far; raises RunError if ``config`` would make it another run."""
     before = load_config(run.configs()[-1])
     fixed = fixed_differences(before, config, job_may_change)
-    if fixed:
+    if fixed and not _is_void(run):
         lines = [
             f"The run {run.path} cannot go on with this configuration, it would be another run:",
             *(f"  {difference}" for difference in fixed),
@@ -129,6 +129,15 @@ def _same_run(run: RunDirectory, config: RunConfig, job_may_change: bool) -> Run
         ]
         raise RunError("\n".join(lines))
     return before
+
+
+def _is_void(run: RunDirectory) -> bool:
+    """Whether a run has failed before it made or saved a step: there is nothing yet that another one could spoil."""
+    if not run.status.exists() or Status.read(run.status).state is not State.failed:
+        return False
+    if CheckpointStore(run.checkpoints).candidates():
+        return False
+    return not any(line.get("kind") == "train" for line in read_json_lines(run.metrics))
 
 
 def _refuse_to_begin_again(run: RunDirectory, config: RunConfig) -> None:

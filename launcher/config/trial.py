@@ -1,9 +1,9 @@
 """Is the training data a stream that would have to be refused? Asked before anything starts.
 
 What a job's dataset is, only building it can tell, and that may take minutes, or data that this machine has not. So it
-is built here only where a class has been imported that would have to be refused; by a process of its own, as whatever
-it does (threads, memory, random numbers) does not belong into this one; and not for longer than a while. What cannot
-be told here is left to the workers.
+is built here only where a class has been imported that would have to be refused, or the user's sources hint at one; by
+a process of its own, as whatever it does (threads, memory, random numbers) does not belong into this one; and not for
+longer than a while. What cannot be told here is left to the workers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from functools import cache
 from typing import Any
 
+from launcher.config.hints import hints_at_stream
 from launcher.config.schema import RunConfig
 from launcher.config.sizes import world_size
 from launcher.config.streams import stream_problem, streams_without_state
@@ -33,7 +34,7 @@ def refuse_streams_without_state(config: RunConfig) -> None:
     Raises:
         JobError: it does.
     """
-    if next(streams_without_state(), None) is None:
+    if next(streams_without_state(), None) is None and not hints_at_stream(sys.modules.copy()):
         return
     try:
         asked = json.dumps(config.job)

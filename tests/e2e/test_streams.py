@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -52,15 +53,59 @@ def test_a_stream_without_a_state_is_refused_under_torchrun(start: Start, stream
     assert not (streams / "runs").exists()
 
 
-def test_a_stream_that_nobody_could_know_of_before_is_refused_by_the_workers(start: Start, streams: Path) -> None:
-    (streams / "late_job.py").write_text(
-        "from own_job import Own\n\n\nclass Late(Own):\n    def build_dataset(self, split):\n"
-        "        from stream_job import Stateless\n\n        return Stateless()\n"
-    )
-    command = start(["+experiment=own", "job._target_=late_job.Late"], streams)
+LATE = """
+from own_job import Own
+
+
+class Late(Own):
+    def __init__(self, stream=True, **others):
+        super().__init__(**others)
+        self.stream = stream
+
+    def build_dataset(self, split):
+        if not self.stream or split != "train":
+            return super().build_dataset(split)
+        {bring}
+        return Stateless()
+"""
+
+REFUSED_LATE = "Late.build_dataset('train') returned an IterableDataset (Stateless) without state_dict"
+
+
+@pytest.mark.parametrize("verb", [[], ["check"]], ids=["launch", "check"])
+@pytest.mark.parametrize(
+    "bring",
+    [
+        "from stream_job import Stateless",
+        "from torch.utils.data import IterableDataset as Base\n        class Stateless(Base):\n            __iter__ = None",
+    ],
+    ids=["imported", "defined"],
+)
+def test_a_stream_that_only_building_the_data_brings_is_refused_before_launch(
+    start: Start, streams: Path, verb: list[str], bring: str
+) -> None:
+    (streams / "late_job.py").write_text(LATE.format(bring=bring))
+    command = start([*verb, "+experiment=own", "job._target_=late_job.Late"], streams)
     assert command.wait() == 2
-    assert "Late.build_dataset('train') returned an IterableDataset" in command.errors
+    assert REFUSED_LATE in command.errors
     assert "Traceback" not in command.errors
+    assert not (streams / "runs").exists()
+
+
+def test_a_run_whose_workers_refused_the_stream_is_begun_by_the_same_command_once_that_is_mended(
+    start: Start, streams: Path
+) -> None:
+    """Nothing in the sources hints at it: they name the module in a string."""
+    bring = "import importlib\n        Stateless = importlib.import_module('stream_job').Stateless"
+    (streams / "late_job.py").write_text(LATE.format(bring=bring))
+    late = ["+experiment=own", "job._target_=late_job.Late", "run_dir=mine", "train.max_steps=2"]
+    command = start(late, streams)
+    assert command.wait() == 2
+    assert REFUSED_LATE in command.errors
+    assert "Traceback" not in command.errors
+    command = start([*late, "+job.stream=false"], streams)
+    assert command.wait() == 0, command.errors
+    assert json.loads((streams / "mine" / "status.json").read_text())["state"] == "finished"
 
 
 @pytest.mark.parametrize(("target", "times"), [("own_job.Own", 0), ("stream_job.Waiting", 1)])

@@ -180,6 +180,21 @@ def test_a_new_run_that_was_refused_has_failed(tmp_path: Path) -> None:
     assert run.config.exists()
 
 
+def test_a_run_that_failed_before_its_first_step_may_become_any_other(tmp_path: Path) -> None:
+    run = entered(configured(tmp_path)).run
+    run.attempt_logs(0).mkdir(parents=True)
+    end_run(run, 0, time.time(), State.failed, "no such model", refused=True)
+    mended = {"seed": 1, "job__width": 3, "optimizer___target_": "torch.optim.SGD"}
+    entry = entered(configured(tmp_path, **mended))
+    assert entry.attempt == 1
+    assert {change.key for change in entry.changes} >= {"seed", "job.width", "optimizer._target_"}
+    assert load_config(run.config_of(1)).seed == 1
+    append_json_line(run.metrics, {"kind": "train", "attempt": 1, "step": 1, "time": 1.0})
+    end_run(run, 1, time.time(), State.failed, "boom")
+    with pytest.raises(RunError, match="it would be another run"):
+        entered(configured(tmp_path))
+
+
 def test_an_attempt_whose_launcher_was_killed_is_written_down_by_the_next(tmp_path: Path) -> None:
     run = begin(tmp_path)
     entry = enter(configured(tmp_path), ["launch"])
