@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from launcher.compression.replicated import attach_replicated
 from launcher.compression.sharded import attach_sharded
 from launcher.compression.wire import Wire
+from launcher.config.compression_rules import compression_problems
 from launcher.config.nearest import nearest
-from launcher.config.rules import compression_problems
 from launcher.config.schema import Codec, CompressionConfig, Strategy
 from launcher.config.words import in_words
 from launcher.errors import ConfigurationError

@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from launcher.config.bounds import at_least, positive
+from launcher.config.compression_rules import compression_problems
 from launcher.config.node_rules import node_problems, node_warnings
 from launcher.config.schema import (
-    Accumulate,
     Axis,
     Codec,
-    CompressionConfig,
     Decay,
     Device,
     Dtype,
@@ -29,9 +29,7 @@ from launcher.config.slurm_rules import slurm_problems, slurm_warnings
 from launcher.config.words import shown
 from launcher.errors import ConfigurationError
 
-__all__ = ["check", "compression_problems"]
-
-_LARGEST_BLOCK = 65536
+__all__ = ["check"]
 
 
 def check(config: RunConfig, num_gpus: int) -> list[str]:
@@ -75,16 +73,6 @@ def _names(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _at_least(name: str, value: float | None, least: float) -> Iterator[str]:
-    if value is not None and not value >= least:
-        yield f"{name}={value} is too small: it must be at least {least}."
-
-
-def _positive(name: str, value: float | None) -> Iterator[str]:
-    if value is not None and not (value > 0 and math.isfinite(value)):
-        yield f"{name}={value} must be a finite number greater than 0."
-
-
 def _sizes(config: RunConfig) -> Iterator[str]:
     train, cluster = config.train, config.cluster
     for name in (
@@ -96,11 +84,11 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "log_every",
         "eval_every",
     ):
-        yield from _at_least(f"train.{name}", getattr(train, name), 1)
-    yield from _at_least("train.num_data_workers", train.num_data_workers, 0)
-    yield from _positive("train.max_grad_norm", train.max_grad_norm)
-    yield from _at_least("cluster.processes_per_node", cluster.processes_per_node, 1)
-    yield from _at_least("cluster.max_restarts", cluster.max_restarts, 0)
+        yield from at_least(f"train.{name}", getattr(train, name), 1)
+    yield from at_least("train.num_data_workers", train.num_data_workers, 0)
+    yield from positive("train.max_grad_norm", train.max_grad_norm)
+    yield from at_least("cluster.processes_per_node", cluster.processes_per_node, 1)
+    yield from at_least("cluster.max_restarts", cluster.max_restarts, 0)
 
 
 def _length_and_batch(config: RunConfig) -> Iterator[str]:
@@ -141,8 +129,8 @@ def _placement(config: RunConfig, num_gpus: int) -> Iterator[str]:
 
 def _parallel(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
-    yield from _at_least("parallel.shard_size", parallel.shard_size, 1)
-    yield from _positive("parallel.bucket_mib", parallel.bucket_mib)
+    yield from at_least("parallel.shard_size", parallel.shard_size, 1)
+    yield from positive("parallel.bucket_mib", parallel.bucket_mib)
     if parallel.strategy is not Strategy.hsdp and parallel.shard_size is not None:
         yield (
             f"parallel.shard_size={parallel.shard_size} is for parallel=hsdp alone: "
@@ -150,52 +138,17 @@ def _parallel(config: RunConfig) -> Iterator[str]:
         )
 
 
-def compression_problems(compression: CompressionConfig, strategy: Strategy) -> Iterator[str]:
-    """What is wrong with a codec for models that are laid out like this."""
-    codec = compression.codec
-    sharded = strategy in (Strategy.zero2, Strategy.fsdp)
-    if codec is Codec.powersgd and sharded:
-        yield (
-            f"compression=powersgd with parallel={strategy.value}: PowerSGD approximates whole gradient matrices that "
-            "every rank is to have, but here each rank is to have only rows of them. "
-            "Use compression=int8, fp16 or bf16, or parallel=ddp or hsdp."
-        )
-    if compression.axis is Axis.replica and sharded and codec is not Codec.none:
-        yield (
-            f"compression.axis=replica with parallel={strategy.value}: there is one replica, so nothing would be "
-            "compressed. Use compression.axis=all, or parallel=hsdp."
-        )
-    if compression.axis is Axis.all and codec is Codec.powersgd and strategy is Strategy.hsdp:
-        yield (
-            "compression.axis=all with compression=powersgd: PowerSGD cannot shard what it reduces. "
-            "Use compression.axis=replica."
-        )
-    sums_on_wire = compression.accumulate is Accumulate.wire and codec in (Codec.fp16, Codec.bf16)
-    if sums_on_wire and compression.error_feedback:
-        yield (
-            "compression.error_feedback=true with compression.accumulate=wire: what the backend loses in its sum is "
-            "not known. Use compression.accumulate=fp32, or compression.error_feedback=false."
-        )
-    if codec is Codec.int8 and (not 4 <= compression.block_size <= _LARGEST_BLOCK or compression.block_size % 4):
-        yield (
-            f"compression.block_size={compression.block_size} must be a multiple of 4 from 4 to {_LARGEST_BLOCK}, such "
-            "as 128: a block's scale lies behind its values, on a 4-byte boundary, and one for very many says little."
-        )
-    yield from _at_least("compression.rank", compression.rank, 1)
-    yield from _at_least("compression.start_step", compression.start_step, 2)
-
-
 def _loss_scale(config: RunConfig) -> Iterator[str]:
     scale = config.precision.loss_scale
     prefix = "precision.loss_scale."
     for name in ("initial", "minimum", "maximum"):
-        yield from _positive(prefix + name, getattr(scale, name))
+        yield from positive(prefix + name, getattr(scale, name))
     if not scale.growth_factor > 1.0 or not math.isfinite(scale.growth_factor):
         yield f"{prefix}growth_factor={scale.growth_factor} must be greater than 1."
     if not 0.0 < scale.backoff_factor < 1.0:
         yield f"{prefix}backoff_factor={scale.backoff_factor} must lie between 0 and 1."
     for name in ("growth_interval", "hysteresis", "patience"):
-        yield from _at_least(prefix + name, getattr(scale, name), 1)
+        yield from at_least(prefix + name, getattr(scale, name), 1)
     if scale.enabled and not scale.minimum <= scale.initial <= scale.maximum:
         yield (f"{prefix}initial={scale.initial} must lie between minimum={scale.minimum} and maximum={scale.maximum}.")
 
@@ -210,17 +163,17 @@ def _optimizer(config: RunConfig) -> Iterator[str]:
 
 def _schedule(config: RunConfig) -> Iterator[str]:
     schedule = config.schedule
-    yield from _at_least("schedule.warmup_steps", schedule.warmup_steps, 0)
+    yield from at_least("schedule.warmup_steps", schedule.warmup_steps, 0)
     if not 0.0 <= schedule.final_fraction <= 1.0:
         yield f"schedule.final_fraction={schedule.final_fraction} must lie between 0 and 1."
 
 
 def _checkpoint(config: RunConfig) -> Iterator[str]:
     checkpoint = config.checkpoint
-    yield from _at_least("checkpoint.every_steps", checkpoint.every_steps, 1)
-    yield from _positive("checkpoint.every_minutes", checkpoint.every_minutes)
-    yield from _at_least("checkpoint.keep", checkpoint.keep, 1)
-    yield from _at_least("checkpoint.keep_best", checkpoint.keep_best, 0)
+    yield from at_least("checkpoint.every_steps", checkpoint.every_steps, 1)
+    yield from positive("checkpoint.every_minutes", checkpoint.every_minutes)
+    yield from at_least("checkpoint.keep", checkpoint.keep, 1)
+    yield from at_least("checkpoint.keep_best", checkpoint.keep_best, 0)
 
 
 def _warnings(config: RunConfig) -> Iterator[str]:
