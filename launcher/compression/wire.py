@@ -72,7 +72,7 @@ class Wire:
         self.counters: list[Counter] = []
         self.keepers: list[Keeper] = []
         self.on_conclude: list[Callable[[], None]] = []
-        """Called at the end of a step, while its gradients are still there."""
+        """Called at the end of a step, or of a backward pass, while the gradients are still there."""
         self.keeps_errors = False
         """Whether a codec keeps anything from one step for the next."""
         self.group: dist.ProcessGroup | None = None
@@ -98,6 +98,9 @@ class Wire:
             residue.feedback.settle(found_inf)
         for keeper in self.keepers:
             keeper.settle(found_inf)
+        self._tell()
+
+    def _tell(self) -> None:
         for tell in self.on_conclude:
             tell()
 
@@ -110,6 +113,8 @@ class Wire:
             scale = float(self._scaler.get_scale()) if self._scaler is not None else 1.0
             self.terms.begin(torch.full((), scale, device=self.device), measures=False)
             self.terms.looks = self.keeps_errors
+            # By the next crossing the loop will have set the gradients to None.
+            torch.autograd.Variable._execution_engine.queue_callback(self._tell)
         self._crossed.add(key)
 
     def crossed(self, result: Tensor) -> None:

@@ -196,6 +196,27 @@ def test_parameters_may_lack_a_gradient_in_some_steps(pools: dict[int, Ranks], n
         assert all(right)
 
 
+def errors_where_some_are_never_used(rank: int) -> dict[str, float]:
+    """A plain loop, in which the first part gets no gradient: the largest error that is kept of each other."""
+    model = sharded(Given(SHAPES), (2,))
+    wire = attach(model, "int8")
+    for step in range(4):
+        given: list[Tensor | None] = list(drawn(rank, step, SHAPES))
+        given[0] = None
+        model.zero_grad()
+        backward(model, given)
+    model.zero_grad()
+    state = {key: value for key, value in wire.state_dict().items() if not key.startswith("weight")}
+    return {key: value.abs().max().item() for key, value in state.items() if value.numel()}
+
+
+def test_a_plain_loop_keeps_errors_where_some_parameters_are_never_used(pools: dict[int, Ranks]) -> None:
+    for errors in pools[2].run(errors_where_some_are_never_used):
+        assert errors
+        assert not any("parts.0" in key for key in errors)
+        assert all(0 < error < 0.1 for error in errors.values())
+
+
 def spoilt_in_a_plain_loop(rank: int, options: dict[str, Any], spoilt: float) -> list[bool]:
     """Nobody tells the wire: whether each step's gradients came back finite. Rank 1 spoils what rank 0 owns."""
     model = sharded(Given(SHAPES), (2,))
