@@ -10,6 +10,7 @@ enqueued: chunks go on in the order in which they have sent, the same on every r
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -26,6 +27,8 @@ Course = Generator[Pending, None, Sequence[Pending]]
 """Yields what it waits for; returns all that it has sent, once its result is there."""
 Chunk = Callable[[Any], Course]
 """Called with its slot."""
+_STOP_SECONDS = 1.0
+"""For one that still waits for a peer when the interpreter ends: after a failure alone."""
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Flight:
     awaited: Sequence[Pending] = ()
     """What must arrive before it goes on; when its course has ended, what must have left before the slot is free."""
     failure: BaseException | None = None
-    _tasks: SimpleQueue[Callable[[Flight], None]] = field(default_factory=SimpleQueue)
+    _tasks: SimpleQueue[Callable[[Flight], None] | None] = field(default_factory=SimpleQueue)
     _thread: threading.Thread | None = None
 
     def wait(self) -> None:
@@ -53,11 +56,17 @@ class Flight:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="gradient-arrivals", daemon=True)
             self._thread.start()
+            atexit.register(self._stop)
         self._tasks.put(then)
 
+    def _stop(self) -> None:
+        """A thread that wakes while the interpreter is taken down ends the process with an abort."""
+        assert self._thread is not None
+        self._tasks.put(None)
+        self._thread.join(_STOP_SECONDS)
+
     def _work(self) -> None:
-        while True:
-            then = self._tasks.get()
+        while (then := self._tasks.get()) is not None:
             try:
                 self.wait()
             except BaseException as failure:  # raised where the chunk would have gone on

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,3 +122,37 @@ def test_a_loss_scale_of_zero_does_not_spoil_what_is_kept(pools: dict[int, Ranks
         assert all(torch.isfinite(torch.tensor(steps)))
         assert steps[1] == 0
         assert 0 < error < 0.1
+
+
+ALONE = """
+import os, signal, sys
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from launcher.compression import attach
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=4))
+model = DistributedDataParallel(nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))), bucket_cap_mb=0.01)
+attach(model, "int8")
+for step in range(4):
+    if rank == 1 and step == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    model(torch.randn(4, 64)).square().mean().backward()
+"""
+
+
+def test_a_peer_that_stops_answering_is_an_error_after_the_groups_timeout(tmp_path: Path) -> None:
+    program, store = tmp_path / "alone.py", tmp_path / "store"
+    program.write_text(ALONE)
+    command = [sys.executable, str(program)]
+    stopped = subprocess.Popen([*command, "1", str(store)])
+    try:
+        ended = subprocess.run([*command, "0", str(store)], capture_output=True, text=True, timeout=60, check=False)
+    finally:
+        stopped.kill()
+        stopped.wait()
+    assert ended.returncode == 1, ended.stderr  # no abort either, while Python is taken down
+    assert "RuntimeError" in ended.stderr
