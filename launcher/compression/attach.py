@@ -48,13 +48,13 @@ def attach(model: nn.Module, codec: str, *, scaler: Any = None, **options: Any) 
     """
     config = _config(codec, options)
     _check_use(model, scaler)
-    sharded: list[nn.Module] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if isinstance(model, DistributedDataParallel):
         _check(config, Strategy.ddp)
         wire = Wire(next(model.module.parameters()).device, scaler)
         attach_replicated(model, config, wire)
         _attached.add(model)
         return wire
+    sharded: list[nn.Module] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not sharded:
         raise ConfigurationError(
             f"{type(model).__name__} is neither wrapped in DistributedDataParallel nor passed through fully_shard: "

@@ -26,9 +26,6 @@ class Feedback:
         self.fresh = torch.zeros(numel, device=device)
         """Of the step under way."""
         self._written = False
-        self._norm = torch.zeros((), device=device)
-        self._magnitude = torch.zeros((), device=device)
-        """Not finite once an error of the step under way is not."""
 
     def carried(self, offset: int, out: Tensor, terms: StepTerms) -> Tensor:
         """Kept errors from ``offset`` on, carrying the loss scale: in ``out``, FP32 (n,), or where they are kept."""
@@ -44,17 +41,8 @@ class Feedback:
         room = self.room(offset, errors.numel())
         if errors.data_ptr() != room.data_ptr():
             torch.mul(errors, terms.inverse_loss_scale, out=room)
-        if not self._written:
-            self._magnitude.zero_()
-            self._written = True
-        if terms.looks:  # now, while they are in the cache: another reading of all errors would delay the next step
-            self._magnitude.add_(torch.linalg.vector_norm(room, out=self._norm))
-
-    def is_spoilt(self) -> Tensor:
-        """Whether a step that is looked at has lost what is not finite, a bool scalar on the device."""
-        if not self._written:
-            return torch.zeros((), dtype=torch.bool, device=self.fresh.device)
-        return self._magnitude.isfinite().logical_not()
+        self._written = True
+        terms.look(room)  # now, while it is in the cache: another reading of all errors would delay the next step
 
     def settle(self, found_inf: Tensor) -> None:
         """The step has ended: applied (0), its errors are kept; skipped (1), they are forgotten."""

@@ -45,10 +45,10 @@ class StepTerms:
             norms = torch.stack([torch.linalg.vector_norm(lost), torch.linalg.vector_norm(values)])
             self.lost += norms.double().square()
 
-    def look(self, result: Tensor) -> None:
-        """See whether a part of a result is finite, if results are looked at."""
+    def look(self, values: Tensor) -> None:
+        """See whether a part of a result, or of what was lost, is finite; if they are looked at."""
         if self.looks:
-            norm = torch.linalg.vector_norm(result, out=self._norm if result.dtype is torch.float32 else None)
+            norm = torch.linalg.vector_norm(values, out=self._norm if values.dtype is torch.float32 else None)
             self._magnitude.add_(norm)
 
     def take_non_finite(self) -> Tensor:

@@ -94,11 +94,14 @@ class Wire:
 
     def conclude(self, found_inf: Tensor) -> None:
         """The step was applied (``found_inf`` is 0) or skipped (1): an FP32 scalar on the device."""
+        self._settle(found_inf)
+        self._tell()
+
+    def _settle(self, found_inf: Tensor) -> None:
         for residue in self.residues:
             residue.feedback.settle(found_inf)
         for keeper in self.keepers:
             keeper.settle(found_inf)
-        self._tell()
 
     def _tell(self) -> None:
         for tell in self.on_conclude:
@@ -128,10 +131,7 @@ class Wire:
         So ranks may keep or forget differently; each does what is right for its own.
         """
         self._crossed.clear()
-        non_finite = self.terms.take_non_finite()
-        for residue in self.residues:
-            non_finite |= residue.feedback.is_spoilt()
-        self.conclude(non_finite.float())
+        self._settle(self.terms.take_non_finite().float())
 
     def take_bytes(self) -> int:
         """Bytes that this rank has sent for gradients since the last call."""

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import re
 import site
-import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -25,12 +23,13 @@ __all__ = ["hints_at_stream"]
 
 _STREAMS = frozenset({"IterableDataset", "ChainDataset", "IterDataPipe", "datapipes"})
 """What torch calls them."""
-_SUBCLASS = re.compile(rb"^\s*class \w+\([^)]*\bIterableDataset\b", re.MULTILINE)
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def hints_at_stream(imported: Mapping[str, ModuleType]) -> bool:
-    """Whether a module of the user's names a stream, or has a function that imports one.
+    """Whether a module of the user's names a stream, or has a function that imports one of theirs that does.
+
+    Installed packages are not read: that would take seconds for large ones, and many have a stream that is not used.
 
     Args:
         imported: what has been imported with the job, as in ``sys.modules``; installed modules are left out.
@@ -49,17 +48,13 @@ def hints_at_stream(imported: Mapping[str, ModuleType]) -> bool:
         if any(_names(node) & _STREAMS for node in ast.walk(tree)):
             return True
         for wanted in _imports(tree, name, path, only_later=name in imported):
-            if wanted in imported or (spec := _spec(wanted)) is None:
-                continue
-            if spec.origin is None:  # a folder without sources of its own
+            spec = None if wanted in imported else _spec(wanted)
+            if spec is None or spec.origin is None:  # not there, or a folder without sources of its own
                 continue
             origin = Path(spec.origin)
-            if _is_own(wanted, origin):
-                if origin not in seen:
-                    seen.add(origin)
-                    waiting.append((wanted, origin))
-            elif _brings_streams(wanted.partition(".")[0]):
-                return True
+            if origin not in seen and _is_own(wanted, origin):
+                seen.add(origin)
+                waiting.append((wanted, origin))
     return False
 
 
@@ -129,21 +124,3 @@ def _spec(name: str) -> ModuleSpec | None:
             return None
         places = list(package.submodule_search_locations)
     return PathFinder.find_spec(name, places)
-
-
-@cache
-def _brings_streams(package: str) -> bool:
-    """Whether an installed package has a stream of its own; torch's are known by their names."""
-    spec = _spec(package)
-    if spec is None or package == "torch" or package in sys.stdlib_module_names:
-        return False
-    folders = [Path(place) for place in spec.submodule_search_locations or ()]
-    sources = [source for folder in folders for source in folder.rglob("*.py")]
-    return any(_has_stream(source) for source in sources or [Path(spec.origin or "")])
-
-
-def _has_stream(source: Path) -> bool:
-    try:
-        return _SUBCLASS.search(source.read_bytes()) is not None
-    except OSError:
-        return False

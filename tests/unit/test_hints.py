@@ -32,7 +32,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
         importlib.import_module("hinted_job")
         return {name: module for name, module in sys.modules.items() if name not in before}
 
-    for cached in (hints._spec, hints._brings_streams, hints._foreign_folders):
+    for cached in (hints._spec, hints._foreign_folders):
         cached.cache_clear()
     yield write
     for name in sys.modules.keys() - before.keys():
@@ -89,18 +89,3 @@ def test_a_stream_that_a_function_would_bring_is_seen(project: Write, sources: d
 )
 def test_a_project_without_streams_hints_at_none(project: Write, sources: dict[str, str]) -> None:
     assert not hints_at_stream(project(sources))
-
-
-@pytest.mark.parametrize("has_stream", [True, False])
-def test_an_installed_package_hints_if_it_has_a_stream_of_its_own(
-    project: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_stream: bool
-) -> None:
-    installed = tmp_path / "installed" / "site-packages"
-    (installed / "shards" / "inner").mkdir(parents=True)
-    (installed / "shards" / "__init__.py").write_text(EXPLODES)
-    base = "IterableDataset, Pipe" if has_stream else "Dataset"
-    (installed / "shards" / "inner" / "pipeline.py").write_text(f"class Pipeline({base}): ...")
-    monkeypatch.syspath_prepend(installed)
-    foreign = (*hints._foreign_folders(), installed)
-    monkeypatch.setattr(hints, "_foreign_folders", lambda: foreign)
-    assert hints_at_stream(project({"hinted_job.py": function("import shards")})) == has_stream

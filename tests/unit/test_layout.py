@@ -84,10 +84,10 @@ def test_an_applied_step_keeps_its_errors_and_a_skipped_one_leaves_the_last() ->
     feedback.keep(torch.tensor([1.0, 2.0, 3.0, 4.0]), 0, terms)
     feedback.settle(APPLIED)
     assert feedback.kept.tolist() == [1.0, 2.0, 3.0, 4.0]
-    assert not feedback.is_spoilt()
+    assert not terms.take_non_finite()
     feedback.keep(torch.tensor([float("nan"), 0.0]), 0, terms)
     feedback.keep(torch.zeros(2), 2, terms)
-    assert feedback.is_spoilt()
+    assert terms.take_non_finite()
     feedback.settle(SKIPPED)
     assert feedback.kept.tolist() == [1.0, 2.0, 3.0, 4.0]
     feedback.settle(APPLIED)
