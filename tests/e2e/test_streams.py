@@ -77,7 +77,8 @@ REFUSED_LATE = "Late.build_dataset('train') returned an IterableDataset (Statele
     "bring",
     [
         "from stream_job import Stateless",
-        "from torch.utils.data import IterableDataset as Base\n        class Stateless(Base):\n            __iter__ = None",
+        "from torch.utils.data import IterableDataset as Base\n        class Stateless(Base):\n"
+        "            __iter__ = None",
     ],
     ids=["imported", "defined"],
 )
