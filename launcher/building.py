@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from launcher.checkpoint import CheckpointStore, Found, Manifest
-from launcher.checkpoint.finding import find_newest_valid
 from launcher.checkpoint.saver import Saver
 from launcher.config.files import to_yaml
 from launcher.config.instantiate import build_job, build_optimizer, optimizer_factory
@@ -34,9 +33,10 @@ from launcher.precision import (
     is_elementwise,
 )
 from launcher.training.batches import BatchShape, checked_dataset, derived_seed, training_data
+from launcher.training.beginning import build_and_read
 from launcher.training.checkpointing import Checkpoints, NoCheckpoints, RunCheckpoints
 from launcher.training.loop import Trainer, total_steps
-from launcher.training.progress import Identity, Progress, resumed
+from launcher.training.progress import Identity, Progress, continued
 from launcher.training.schedule import Schedule
 from launcher.training.step import Learner
 from launcher.training.stop import StopRequest
@@ -78,18 +78,25 @@ def build_trainer(
     _refuse_unfit_data(config, job, dataset, validation)
     shape = BatchShape(train.micro_batch_size, accumulation_steps(config, ranks.world_size), ranks.world_size)
     data = training_data(job, dataset, shape, ranks.rank, config.seed)
-    found = _find(store, config, ranks)
+
+    def build(done: Manifest | None) -> tuple[Learner, int]:
+        before = (done.step, done.samples) if done is not None else (0, 0)
+        steps = total_steps(train, shape.global_batch_size, data.num_samples, *before)
+        learner = build_learner(config, job, device, ranks, shape, steps)
+        _seed_everything(derived_seed(config.seed, "rank", ranks.rank, before[0]))
+        return learner, steps
+
+    learner, steps, found, reading = build_and_read(store, config.checkpoint, ranks.rank, ranks.world_size, build)
     done = found.checkpoint.manifest if found.checkpoint is not None else None
-    before = (done.step, done.samples) if done is not None else (0, 0)
-    steps = total_steps(train, shape.global_batch_size, data.num_samples, *before)
-    learner = build_learner(config, job, device, ranks, shape, steps)
-    _seed_everything(derived_seed(config.seed, "rank", ranks.rank, *before[:1]))
     identity = _identity(config, ranks)
     progress, notes = Progress(), list[str]()
-    if found.checkpoint is not None:
-        progress, notes = resumed(learner, data, identity, found.checkpoint)
+    if reading is not None:
+        progress, notes = continued(learner, data, identity, reading)
     elif train.init_from is not None:
         load_initial_weights(learner.model.module, Path(train.init_from))
+    if ranks.rank == 0 and config.checkpoint.enabled:
+        store.clean()
+        store.pass_over(found)
     facts = RunFacts(
         config=config,
         total_steps=steps,
@@ -171,18 +178,6 @@ def _refuse_unfit_data(config: RunConfig, job: Job, dataset: object, validation:
             f"cluster.nodes={config.cluster.nodes} with an IterableDataset ({type(dataset).__name__}): its state "
             "belongs to one number of ranks. Use one number of machines, or a map-style dataset."
         )
-
-
-def _find(store: CheckpointStore, config: RunConfig, ranks: Ranks) -> Found:
-    """The checkpoint to go on from; newer ones that are damaged are set aside. Collective."""
-    if not config.checkpoint.enabled:
-        return Found(None)
-    trust = config.checkpoint.trust_shared_directory
-    found = find_newest_valid(store, config.checkpoint.verify, trust, ranks.rank, ranks.world_size)
-    if ranks.rank == 0:
-        store.clean()
-        store.pass_over(found)
-    return found
 
 
 def _report_resume(reporter: Reporter, found: Found, notes: list[str]) -> None:

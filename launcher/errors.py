@@ -7,6 +7,7 @@
     │   ├── ConfigurationError         a value, a key, a combination of values
     │   ├── JobError                   the user's job does not fit (a missing method, a bad return value)
     │   ├── CheckpointError            what is to be loaded is damaged, or is not of this model
+    │   │   └── DamagedCheckpointError     its content is not what T-minus writes: an older one may be
     │   └── RunError                   a run that was named: unknown, in use, unsafe, or another one than meant
     └── TrainingError (RuntimeError)   the request was right, training failed: exit code 1
         ├── DivergenceError            the numbers cannot be trained on (loss scale at its floor, a NaN loss)
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointWriteError",
     "ConfigurationError",
+    "DamagedCheckpointError",
     "DesynchronisedError",
     "DivergenceError",
     "JobError",
@@ -65,6 +67,19 @@ class JobError(RequestError):
 
 class CheckpointError(RequestError):
     """A checkpoint that is to be loaded is damaged, cannot be trusted, or is not of this model."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """The content of a checkpoint is not what T-minus writes, whatever its digests say.
+
+    Args:
+        path: of the checkpoint, or of the file in it.
+        reason: what is wrong, without the checkpoint's name.
+    """
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"{path} cannot be loaded: {reason}.")
+        self.reason = reason
 
 
 class RunError(RequestError):

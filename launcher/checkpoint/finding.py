@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,31 @@ from launcher.checkpoint.store import CheckpointStore, Found
 from launcher.config.schema import Verify
 from launcher.errors import CheckpointError
 
-__all__ = ["find_newest_valid"]
+__all__ = ["agreed", "find_newest_valid"]
 
 
-def find_newest_valid(store: CheckpointStore, verify: Verify, trust_shared: bool, rank: int, world_size: int) -> Found:
+def find_newest_valid(
+    store: CheckpointStore,
+    verify: Verify,
+    trust_shared: bool,
+    rank: int,
+    world_size: int,
+    tried: Sequence[tuple[Path, Problem]] = (),
+) -> Found:
     """``CheckpointStore.newest_valid`` by all ranks together; collective, and the same on every rank.
+
+    Args:
+        store: the run's checkpoints.
+        verify, trust_shared: see ``Checkpoint.problem``.
+        rank, world_size: of the default process group.
+        tried: those that could not be taken up, and why; they are passed over.
 
     Raises:
         CheckpointError: there are checkpoints, and none of them can be used.
     """
-    candidates = store.candidates() if rank == 0 else []
-    passed_over: list[tuple[Path, Problem]] = []
+    passed_over = list(tried)
+    known = {path for path, _ in tried}
+    candidates = [each for each in store.candidates() if each.path not in known] if rank == 0 else []
     while True:
         offered: Checkpoint | None = None
         while rank == 0 and candidates and offered is None:
@@ -60,10 +75,15 @@ def _damage(checkpoint: Checkpoint, rank: int, world_size: int) -> Problem | Non
             mine.append(name)
     with judging() as verdict:
         checkpoint.check_digests(mine)
-    problems: list[Any] = [verdict.problem]
+    return agreed(verdict.problem, world_size)
+
+
+def agreed(problem: Problem | None, world_size: int) -> Problem | None:
+    """What the first of the ranks that have one knows to be wrong, the same on every rank; collective."""
+    problems: list[Problem | None] = [problem]
     if world_size > 1:
         problems = [None] * world_size
-        dist.all_gather_object(problems, verdict.problem)
+        dist.all_gather_object(problems, problem)
     return next((one for one in problems if one is not None), None)
 
 

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from launcher.checkpoint.manifest import DamagedError
+from launcher.errors import DamagedCheckpointError, RequestError
 
-__all__ = ["NotNowError", "Problem", "judging"]
+__all__ = ["NotNowError", "Problem", "judging", "looking_into"]
 
 
 class NotNowError(DamagedError):
@@ -40,5 +41,29 @@ def judging() -> Iterator[_Verdict]:
         yield verdict
     except DamagedError as damage:
         verdict.problem = Problem(str(damage), is_damage=not isinstance(damage, NotNowError))
+    except DamagedCheckpointError as damage:
+        verdict.problem = Problem(damage.reason, is_damage=True)
     except OSError as error:
         verdict.problem = Problem(f"it cannot be read ({error.strerror}: {error.filename})", is_damage=False)
+
+
+@contextmanager
+def looking_into(path: object, name: str) -> Iterator[None]:
+    """Whatever fails inside, where nothing of the user's is called, is what a file of a checkpoint holds.
+
+    Args:
+        path: the checkpoint.
+        name: of the file.
+
+    Raises:
+        DamagedCheckpointError: in place of any error but a request's, and the system's.
+    """
+    try:
+        yield
+    except (RequestError, OSError):
+        raise
+    except Exception as error:
+        text = str(error).strip().split("\n")[0]
+        raise DamagedCheckpointError(
+            path, f"{name} does not hold what belongs there ({type(error).__name__}: {text})"
+        ) from error

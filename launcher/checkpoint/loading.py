@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from launcher.checkpoint.folder import Checkpoint
 from launcher.checkpoint.layout import LAYOUT, read_layout
 from launcher.checkpoint.manifest import DamagedError
-from launcher.errors import CheckpointError
+from launcher.errors import DamagedCheckpointError
 
 __all__ = ["TensorFacts", "rank_file", "read_private", "read_tensors", "tensor_facts"]
 
@@ -51,14 +51,14 @@ def _layout(checkpoint: Checkpoint) -> Metadata:
             raise DamagedError(f"{LAYOUT} is missing")
         return read_layout(checkpoint.path / LAYOUT, sizes)
     except DamagedError as damage:
-        raise CheckpointError(f"{checkpoint.path} cannot be loaded: {damage}.") from damage
+        raise DamagedCheckpointError(checkpoint.path, str(damage)) from damage
 
 
 def tensor_facts(checkpoint: Checkpoint) -> dict[str, TensorFacts]:
     """What tensors there are.
 
     Raises:
-        CheckpointError: the layout cannot be trusted.
+        DamagedCheckpointError: the layout cannot be trusted.
     """
     found = _layout(checkpoint).state_dict_metadata
     return {
@@ -75,7 +75,8 @@ def read_tensors(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
         targets: of the saved shapes; of any dtype, strategy and number of ranks.
 
     Raises:
-        CheckpointError: something is not as the layout says.
+        DamagedCheckpointError: something is not as the layout says.
+        OSError: a file cannot be read.
     """
     # Inference on parameters: copy_ into a leaf that requires a gradient is refused otherwise.
     state = {name: target.detach() for name, target in targets.items()}
@@ -89,8 +90,10 @@ def read_tensors(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
             plan = reader.prepare_local_plan(planner.create_local_plan())
             (plan,) = planner.create_global_plan([plan])
             reader.read_data(planner.finish_plan(plan), planner).wait()
+    except OSError:
+        raise
     except Exception as error:  # torch's own; a file of the right size may hold anything
-        raise CheckpointError(f"{checkpoint.path} cannot be loaded: {_words(error)}") from error
+        raise DamagedCheckpointError(checkpoint.path, _words(error)) from error
 
 
 def rank_file(rank: int) -> str:
@@ -106,15 +109,20 @@ def read_private(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
         rank: of the ranks that saved it.
 
     Raises:
-        CheckpointError: it is not there, or holds more than tensors and plain values.
+        DamagedCheckpointError: it is not there, or is not a dict of tensors and plain values.
+        OSError: it cannot be read.
     """
-    path = checkpoint.path / rank_file(rank)
+    name = rank_file(rank)
+    if name not in checkpoint.manifest.files:
+        raise DamagedCheckpointError(checkpoint.path, f"{name} is missing")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(checkpoint.path / name, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be loaded: {_words(error)}") from error
+        raise DamagedCheckpointError(checkpoint.path, f"{name}: {_words(error)}") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} cannot be loaded: it does not hold what a rank saves.")
+        raise DamagedCheckpointError(checkpoint.path, f"{name} does not hold what a rank saves")
     return found
 
 

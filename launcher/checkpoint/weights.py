@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from launcher.checkpoint.folder import Checkpoint
-from launcher.checkpoint.loading import read_private, read_tensors, tensor_facts
+from launcher.checkpoint.loading import rank_file, read_private, read_tensors, tensor_facts
+from launcher.errors import DamagedCheckpointError
 
 __all__ = ["MODEL_PREFIX", "load_extra_state", "load_model_weights"]
 
@@ -23,7 +24,8 @@ def load_model_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     Needs no process group.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read.
+        DamagedCheckpointError: the content is not what T-minus writes.
+        OSError: a file cannot be read.
     """
     facts = {name: fact for name, fact in tensor_facts(checkpoint).items() if name.startswith(MODEL_PREFIX)}
     weights = {name: torch.empty(fact.shape, dtype=fact.dtype) for name, fact in facts.items()}
@@ -36,7 +38,10 @@ def load_extra_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the first rank's modules gave as ``get_extra_state``, by its name in the model's ``state_dict``.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read.
+        DamagedCheckpointError: the content is not what T-minus writes.
+        OSError: a file cannot be read.
     """
-    found = read_private(checkpoint, 0)["extra"]
+    found = read_private(checkpoint, 0).get("extra")
+    if not isinstance(found, dict) or not all(isinstance(module, str) for module in found):
+        raise DamagedCheckpointError(checkpoint.path, f"{rank_file(0)} does not hold what a rank saves (extra)")
     return {f"{module}._extra_state".removeprefix("."): value for module, value in found.items()}

@@ -223,10 +223,22 @@ def has_finished(run: RunDirectory, config: RunConfig) -> bool:
 
 def _check_initial_weights(config: RunConfig) -> None:
     weights = config.train.init_from
-    if weights is not None and not Path(weights).is_file():
+    if weights is None:
+        return
+    as_exported = "Give a file of weights as launch export writes it."
+    if not Path(weights).is_file():
+        there = "that is no file" if Path(weights).exists() else "there is no such file"
+        raise RunError(f"train.init_from={weights}: {there}. {as_exported}")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(weights, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
         raise RunError(
-            f"train.init_from={weights}: there is no such file. Give a file of weights as launch export writes it."
-        )
+            f"train.init_from={weights} cannot be read as a .safetensors file: {error}. {as_exported} What torch.save "
+            "has written, safetensors.torch.save_file makes one of."
+        ) from error
 
 
 def _add_provenance(run: RunDirectory, attempt: int, command: Sequence[str]) -> None:

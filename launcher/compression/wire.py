@@ -164,6 +164,16 @@ class Wire:
             state.update(keeper.state_dict())
         return state
 
+    def check(self, saved: Mapping[str, Tensor]) -> None:
+        """See that ``saved`` can be what ``state_dict`` has given, on whatever rank; raises ValueError if not."""
+        for key, value in saved.items():
+            if not isinstance(key, str) or not isinstance(value, Tensor):
+                raise ValueError(f"the wire's state has a {type(value).__name__} as {key!r}")
+            is_number = _is_weight(key) or key.endswith(".steps")
+            fits = value.numel() == 1 if is_number else value.ndim == 1 and value.is_floating_point()
+            if not fits or value.is_complex():
+                raise ValueError(f"the wire's state has {tuple(value.shape)} numbers of {value.dtype} as {key!r}")
+
     def load_state_dict(self, read: Callable[[int], Mapping[str, Tensor]], saved_world_size: int) -> None:
         """Take up what ``saved_world_size`` ranks have saved; collective, before the first step.
 

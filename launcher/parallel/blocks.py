@@ -60,6 +60,12 @@ def refuse_unshardable(model: nn.Module, units: Sequence[nn.Module], job_name: s
             f"{job_name}: the parameter(s) {', '.join(scalars)} have no dimension and cannot be sharded: "
             "give them the shape (1,), or use parallel=ddp."
         )
+    empty = [name for name, each in model.named_parameters() if each.requires_grad and each.numel() == 0]
+    if empty:  # torch's reduction of gradients fails on them in the first backward
+        raise JobError(
+            f"{job_name}: the parameter(s) {', '.join(empty)} have no elements and cannot be sharded: "
+            "leave them out, freeze them (requires_grad=False), or use parallel=ddp."
+        )
     names = {parameter: name for name, parameter in model.named_parameters()}
     owner: dict[nn.Parameter, int] = {}
     for unit, whole in enumerate([*units, model]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ def load_initial_weights(module: nn.Module, path: Path) -> None:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
             places, holders = _places(module), _holders(module)
             _check(places, {name: shape for name, shape in shapes.items() if name not in holders}, path)
+            _check_values(places, file, path)
             for name in shapes:
                 value = file.get_tensor(name)
                 if name in holders:
@@ -73,6 +75,23 @@ def _check(places: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], path: 
     if problems:
         raise RequestError(
             "\n".join([f"train.init_from={path} does not fit the model:", *problems, "Give weights of this model."])
+        )
+
+
+def _check_values(places: dict[str, Tensor], file: Any, path: Path) -> None:
+    """Refuse numbers of which the model's would keep a part, and tied weights that differ from name to name."""
+    problems, first = [], dict[int, str]()
+    for name in sorted(places.keys() & set(file.keys())):
+        place, sort = places[name], file.get_slice(name).get_dtype()  # such as BF16, I64 or C64
+        if ("C" in sort) > place.is_complex() or ("F" in sort) > (place.is_floating_point() or place.is_complex()):
+            problems.append(f"{name} ({sort} in the file, {place.dtype} in the model)")
+        other = first.setdefault(id(place), name)
+        if other != name and not torch.equal(file.get_tensor(name), file.get_tensor(other)):
+            problems.append(f"{name} and {other} (one and the same in the model, and they differ in the file)")
+    if problems:
+        listed = _listed("with other values than it can have", problems)
+        raise RequestError(
+            "\n".join([f"train.init_from={path} does not fit the model:", *listed, "Give weights of this model."])
         )
 
 

@@ -102,10 +102,12 @@ class DynamicLossScale:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError on keys that are missing or unknown."""
+        """Raises ValueError on keys that are missing or unknown, and on a scale that nothing can be scaled with."""
         expected = {"scale", "growth_tracker", "tolerance"}
         if set(state) != expected:
             raise ValueError(f"a loss scale's state has the keys {sorted(expected)}, not {sorted(state)}")
+        if not (0 < state["scale"] < math.inf and min(state["growth_tracker"], state["tolerance"]) >= 0):
+            raise ValueError(f"a loss scale has no such state: {state}")
         self.scale.fill_(state["scale"])
         # A shorter interval than the saved run's, already waited for, makes the next clean step grow.
         self.growth_tracker.fill_(min(state["growth_tracker"], self._rule.growth_interval - 1))

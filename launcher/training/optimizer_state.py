@@ -15,9 +15,19 @@ from torch.distributed.tensor import DTensor
 from launcher.checkpoint.loading import TensorFacts
 from launcher.checkpoint.snapshot import local_part, require_plain
 from launcher.errors import JobError
+from launcher.training.likeness import require_like
 from launcher.training.step import Learner
 
-__all__ = ["groups", "listed", "load", "load_groups", "numbers", "targets", "tensors"]
+__all__ = [
+    "check_groups",
+    "groups",
+    "listed",
+    "load",
+    "load_groups",
+    "numbers",
+    "targets",
+    "tensors",
+]
 
 _PREFIX = "optimizer."
 _SHOWN = 5
@@ -63,7 +73,11 @@ def groups(learner: Learner) -> list[dict[str, Any]]:
 
 
 def targets(
-    learner: Learner, saved_kind: str, facts: dict[str, TensorFacts], notes: list[str]
+    learner: Learner,
+    saved_kind: str,
+    facts: dict[str, TensorFacts],
+    saved_numbers: dict[str, Any],
+    notes: list[str],
 ) -> dict[Tensor, dict[str, Tensor]]:
     """By what is stepped: a tensor to read for each saved entry of its state, by the name it was saved under.
 
@@ -71,17 +85,24 @@ def targets(
         learner: freshly built.
         saved_kind: the class of the optimizer that was saved.
         facts: of everything that was saved.
+        saved_numbers: see ``numbers``.
         notes: gets what is left out, in words.
+
+    Raises:
+        ValueError: an entry is not what this optimizer would have there, or some parameters lack one.
     """
     optimizer = learner.optimizer
-    kind = type(optimizer.optimizer).__name__
+    ours = type(optimizer.optimizer).__name__
     by_name: dict[str, dict[str, TensorFacts]] = {}
     for full, fact in facts.items():
         if full.startswith(_PREFIX):
             by_name.setdefault(full.removeprefix(_PREFIX).rpartition(".")[0], {})[full] = fact
-    if kind != saved_kind:
-        notes.append(f"the optimizer's state is left out: it is that of {saved_kind}, and this is {kind}")
+    if ours != saved_kind:
+        notes.append(f"the optimizer's state is left out: it is that of {saved_kind}, and this is {ours}")
         return {}
+    entries = {full.removeprefix(_PREFIX): fact for full, fact in facts.items() if full.startswith(_PREFIX)}
+    if new := _require_whole(learner, {**entries, **saved_numbers}):
+        notes.append(f"the optimizer did not keep {listed(new)}, which begins anew")
     found: dict[Tensor, dict[str, Tensor]] = {}
     for name, target in zip(learner.parameter_names, _stepped(learner), strict=True):
         source = optimizer.stepped.source(target)
@@ -92,6 +113,29 @@ def targets(
     if by_name:
         notes.append(f"the optimizer's state is left out of what is not trained now: {listed(by_name)}")
     return found
+
+
+def _require_whole(learner: Learner, saved: dict[str, TensorFacts | float]) -> set[str]:
+    """See that saved entries are like those that the optimizer has been built with, as far as it has been.
+
+    An entry that is missing for some parameters only is lost; one that is for all was not kept by the settings of then.
+
+    Returns:
+        The latter.
+    """
+    new = set()
+    kept = {full.rpartition(".")[2] for full in saved}
+    of_parameters = {full.rpartition(".")[0] for full in saved}
+    for name, source, key, value in _entries(learner):
+        full = f"{name}.{key}"
+        if full in saved:
+            built = _laid_out_like(value, source) if isinstance(value, Tensor) else value
+            require_like(saved[full], built, f"the optimizer's {full}")
+        elif name in of_parameters:
+            if key in kept:
+                raise ValueError(f"the optimizer's {full} is missing")
+            new.add(key)
+    return new
 
 
 def _empty_like(source: Tensor, fact: TensorFacts) -> Tensor:
@@ -115,9 +159,31 @@ def load(learner: Learner, state: dict[Tensor, dict[str, Tensor]], saved_numbers
         }
         entry |= {full.rpartition(".")[2]: n for full, n in saved_numbers.items() if full.rpartition(".")[0] == name}
         if entry:
-            entries[index] = entry
+            entries[index] = {**optimizer.optimizer.state.get(target, {}), **entry}
     kept = optimizer.optimizer.state_dict()["param_groups"]
     optimizer.optimizer.load_state_dict({"state": entries, "param_groups": kept})
+
+
+def check_groups(learner: Learner, saved: list[Any], saved_kind: str) -> None:
+    """See that ``saved`` can be what ``groups`` has found, of as many groups as these if it is this optimizer's.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    optimizer = learner.optimizer.optimizer
+    if any(not isinstance(entries, dict) or "params" in entries for entries in saved):
+        raise ValueError("what the optimizer keeps in its parameter groups is none of its")
+    if type(optimizer).__name__ != saved_kind or len(saved) != len(optimizer.param_groups):
+        return
+    for index, (group, entries) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
+        for key, value in entries.items():
+            name = f"{saved_kind}.param_groups[{index}][{key!r}]"
+            built = group.get(key)
+            is_number = isinstance(built, (int, float))
+            if is_number and isinstance(value, Tensor) and value.numel() == 1:
+                continue  # what an optimizer keeps on the device once it has begun
+            if value is not None or is_number or isinstance(built, Tensor):
+                require_like(value, built, name)
 
 
 def load_groups(learner: Learner, saved: list[dict[str, Any]], saved_kind: str, notes: list[str]) -> None:

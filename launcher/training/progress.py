@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from launcher.checkpoint import Checkpoint, Manifest
-from launcher.checkpoint.manifest import is_count, is_number
 from launcher.checkpoint.snapshot import Snapshot
-from launcher.errors import CheckpointError
 from launcher.training import optimizer_state
 from launcher.training.batches import Data
-from launcher.training.state import aliases, private_state, restore, shared_tensors
+from launcher.training.restoring import Reading, read, take_up
+from launcher.training.state import aliases, private_state, shared_tensors
 from launcher.training.step import Learner
 
-__all__ = ["Best", "Identity", "Progress", "resumed", "take_snapshot"]
+__all__ = ["Best", "Identity", "Progress", "continued", "resumed", "take_snapshot"]
 
 
 @dataclass(frozen=True)
@@ -94,42 +91,22 @@ def take_snapshot(learner: Learner, data: Data, identity: Identity, progress: Pr
     return Snapshot(shared_tensors(learner, identity.rank), private_state(learner, data), manifest)
 
 
-_STATE: dict[str, Callable[[Any], bool]] = {
-    "best_of": lambda value: (
-        value is None or (isinstance(value, list) and [type(word) for word in value] == [str, str])
-    ),
-    "consecutive_skips": is_count,
-    "expected_items": lambda value: value is None or (is_number(value) and value > 0),
-    "global_batch_size": lambda value: is_count(value) and value > 0,
-    "num_samples": lambda value: value is None or is_count(value),
-    "seed": lambda value: isinstance(value, int),
-    "optimizer": lambda value: isinstance(value, str),
-    "optimizer_numbers": lambda value: (
-        isinstance(value, dict) and all(isinstance(n, (int, float)) for n in value.values())
-    ),
-}
-"""What ``take_snapshot`` puts into the manifest's ``state``."""
-
-
-def _check_state(state: dict[str, Any], checkpoint: Checkpoint) -> None:
-    for name, fits in _STATE.items():
-        if not fits(state.get(name)):
-            found = repr(state.get(name))[:60]
-            raise CheckpointError(f"{checkpoint.path} cannot be loaded: in its manifest's state {name} is {found}.")
-
-
 def resumed(learner: Learner, data: Data, identity: Identity, checkpoint: Checkpoint) -> tuple[Progress, list[str]]:
-    """Put a freshly built learner where a checkpoint was taken.
+    """``restoring.read`` and ``continued``, where there is no other checkpoint to take."""
+    return continued(learner, data, identity, read(learner, checkpoint, identity.rank, identity.world_size))
+
+
+def continued(learner: Learner, data: Data, identity: Identity, reading: Reading) -> tuple[Progress, list[str]]:
+    """Put a freshly built learner where a checkpoint was taken; collective.
 
     Returns:
         The progress, and what is not as it was, in words.
 
     Raises:
-        CheckpointError, JobError: the checkpoint does not fit.
+        JobError: the checkpoint does not fit.
     """
-    manifest = checkpoint.manifest
-    _check_state(manifest.state, checkpoint)
-    notes = restore(learner, data, checkpoint, identity.rank, identity.world_size)
+    manifest = reading.checkpoint.manifest
+    notes = take_up(learner, data, reading)
     saved, size = manifest.state, data.shape.global_batch_size
     if saved["global_batch_size"] != size:
         notes.append(f"the global batch was {saved['global_batch_size']} samples and is {size} from here on")

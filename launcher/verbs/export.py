@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.checkpoint import Checkpoint, CheckpointStore
+from launcher.checkpoint.judging import Problem, judging
 from launcher.clusters.safety import refuse_shared_run
 from launcher.config.schema import Dtype, Verify
 from launcher.errors import EXIT_FINISHED, CheckpointError, RequestError
@@ -42,11 +44,8 @@ def act(words: Sequence[str]) -> int:
     _check_target(target, options.force)
     run = find_run(options.run, Path(options.runs_root))
     refuse_shared_run(run, options.trust_shared_directory, how_to_trust=_TRUST)
-    checkpoint = _chosen(run, options.step, options.trust_shared_directory)
-    from launcher.checkpoint.weights import load_extra_state, load_model_weights
-
-    weights = load_model_weights(checkpoint)
-    extra = _tensors(load_extra_state(checkpoint))
+    checkpoint, weights, extra_state = _loaded(run, options.step, options.trust_shared_directory)
+    extra = _tensors(extra_state)
     dtype = Dtype(options.dtype)
     metadata = {
         "format": "pt",
@@ -80,27 +79,40 @@ def _check_target(target: Path, force: bool) -> None:
         raise RequestError(f"{target} cannot be written: {target.parent} is no folder that you can write to.")
 
 
-def _chosen(run: RunDirectory, step: int | None, trusted: bool) -> Checkpoint:
-    """The checkpoint that was asked for, or the newest valid one; every byte of it has been looked at."""
+def _loaded(run: RunDirectory, step: int | None, trusted: bool) -> tuple[Checkpoint, dict[str, Tensor], dict[str, Any]]:
+    """The weights and the extra state of the checkpoint that was asked for, or of the newest that can be loaded.
+
+    A run that goes on may remove what is being read here, once it has written another: that one is taken then.
+    """
+    from launcher.checkpoint.weights import load_extra_state, load_model_weights
+
     store = CheckpointStore(run.checkpoints)
-    there = {checkpoint.step: checkpoint for checkpoint in store.candidates()}
-    if not there:
-        raise CheckpointError(f"The run {run.path} has no checkpoint: there are no weights to export.")
-    if step is not None:
-        if step not in there:
-            known = ", ".join(str(number) for number in sorted(there))
-            raise CheckpointError(f"--step {step}: there is no such checkpoint. There are those of step {known}.")
-        problem = there[step].problem(Verify.full, trusted)
-        if problem is not None:
-            raise CheckpointError(f"{there[step].path} cannot be used: {problem}.")
-        return there[step]
-    found = store.newest_valid(Verify.full, trusted)
-    passed_over = "\n".join(f"  {path}: {reason}" for path, reason in found.passed_over)
-    if found.checkpoint is None:
-        raise CheckpointError(f"The run {run.path} has no checkpoint that can be used:\n{passed_over}")
+    passed_over: dict[Path, Problem] = {}
+    while candidates := [
+        each for each in store.candidates() if step in (None, each.step) and each.path not in passed_over
+    ]:
+        checkpoint = candidates[0]
+        problem = checkpoint.problem(Verify.full, trusted)
+        if problem is None:
+            with judging() as verdict:
+                weights, extra = load_model_weights(checkpoint), load_extra_state(checkpoint)
+            problem = verdict.problem
+        if problem is None:
+            if there := _listed(passed_over):
+                print(f"warning: passed over:\n{there}")
+            return checkpoint, weights, extra
+        passed_over[checkpoint.path] = problem
     if passed_over:
-        print(f"warning: passed over:\n{passed_over}")
-    return found.checkpoint
+        raise CheckpointError(f"The run {run.path} has no checkpoint that can be used:\n{_listed(passed_over)}")
+    if known := sorted(each.step for each in store.candidates()):
+        named = ", ".join(map(str, known))
+        raise CheckpointError(f"--step {step}: there is no such checkpoint. There are those of step {named}.")
+    raise CheckpointError(f"The run {run.path} has no checkpoint: there are no weights to export.")
+
+
+def _listed(passed_over: dict[Path, Problem]) -> str:
+    """Those that are still there."""
+    return "\n".join(f"  {path}: {reason}" for path, reason in passed_over.items() if path.exists())
 
 
 def _tensors(extra: dict[str, Any]) -> dict[str, Tensor]:
@@ -166,7 +178,8 @@ def _write(weights: dict[str, Tensor], metadata: dict[str, str], target: Path) -
     except Exception as error:  # safetensors has exceptions of its own for a full disk
         raise RequestError(f"{target} could not be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +17,7 @@ import pytest
 
 from tests.e2e.conftest import make_project
 from tests.e2e.session import Command
+from tests.ranks.test_resume import craft, flip_a_bit
 
 Start = Callable[..., Command]
 MODEL = '''
@@ -182,6 +186,51 @@ def test_wrong_requests_get_one_message_and_write_nothing(start: Start, trained:
     command = start(["export", "mine", str(there), "--force"], trained)
     assert command.wait() == 0, command.errors
     assert there.stat().st_size > 100
+
+
+def test_a_full_disk_leaves_what_was_there(start: Start, trained: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there.safetensors"
+    there.write_text("mine")
+    limited = ("sh", "-c", f'ulimit -f 1; exec {shlex.quote(sys.executable)} -B -m launcher "$@"', "launch")
+    command = start(["export", "mine", str(there), "--force"], trained, limited)
+    assert command.wait() == 2
+    assert f"{there} could not be written" in command.errors
+    assert "Traceback" not in command.errors
+    assert there.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [there]
+
+
+def test_damaged_checkpoints_are_passed_over_and_with_no_other_named(
+    start: Start, trained: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "mine", run)
+    newest, before = run / "checkpoints" / "step-00000009", run / "checkpoints" / "step-00000008"
+    craft(newest, 0, lambda own: own.update(extra=3))
+    command = start(["export", str(run), str(tmp_path / "out")], tmp_path)
+    assert command.wait() == 0, command.errors
+    assert "step-00000009: rank-0.pt does not hold what a rank saves (extra)" in command.output
+    assert "tensors of step 8 as float32" in command.output
+    flip_a_bit(before)
+    command = start(["export", str(run), str(tmp_path / "other")], tmp_path)
+    assert command.wait() == 2
+    assert "has no checkpoint that can be used" in command.errors
+    assert "step-00000009: rank-0.pt does not hold" in command.errors
+    assert "step-00000008: __1_0.distcp is damaged" in command.errors
+    assert "Traceback" not in command.errors
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_that_goes_on_and_removes_its_checkpoints_is_exported(start: Start, project: Path) -> None:
+    options = ["checkpoint.every_steps=1", "checkpoint.keep=1", "train.max_steps=100000"]
+    training = start(["+experiment=own", "run_dir=mine", *options], project)
+    training.until(lambda: len(list((project / "mine" / "checkpoints").glob("step-*[0-9]"))) > 0)
+    for number in range(3):
+        command = start(["export", "mine", f"{number}.safetensors"], project)
+        assert command.wait() == 0, command.errors
+        assert "warning" not in command.output
+    training.send(signal.SIGTERM)
+    assert training.wait() == 75
 
 
 @pytest.mark.parametrize(("strategy", "workers"), [("ddp", 1), ("fsdp", 2)])

@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from launcher.checkpoint import Checkpoint, FileRecord
+from launcher.checkpoint.files import file_digest
 from tests.ranks.runs import Run, continued, launch, resume
 
 pytestmark = pytest.mark.ranks
@@ -182,6 +186,45 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_the_one_before_it_taken(tmp
     aside = [path.name for path in (directory / "checkpoints").iterdir() if "set-aside" in path.name]
     assert len(aside) == 1
     assert aside[0].startswith("step-00000010.set-aside-")
+
+
+def craft(checkpoint: Path, rank: int, change: Callable[[dict[str, Any]], object]) -> None:
+    """A rank's own file as a hostile or mistaken writer could have made it, with its digest."""
+    path = checkpoint / f"rank-{rank}.pt"
+    own = torch.load(path, weights_only=True)
+    change(own)
+    torch.save(own, path)
+    manifest = Checkpoint(checkpoint, int(checkpoint.name.removeprefix("step-"))).manifest
+    manifest.files[path.name] = FileRecord(path.stat().st_size, file_digest(path))
+    (checkpoint / "manifest.json").write_bytes(manifest.render())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_checkpoint_with_wrong_content_on_one_rank_is_passed_over_by_all(tmp_path: Path, strategy: str) -> None:
+    options = (f"parallel={strategy}", "compression=int8", "train.micro_batch_size=12", *SCALED)
+    straight = launch(tmp_path, *BASE, *options)
+    directory = continued(straight, step=15)
+    craft(directory / "checkpoints" / "step-00000015", 1, lambda own: own["random"].update(torch=torch.ones(3)))
+    craft(directory / "checkpoints" / "step-00000010", 0, lambda own: own["wire"].update(x="y"))
+    again = resume(directory)
+    assert_same(straight, again, after=5)
+    (event,) = [line for line in again.lines("event") if line["event"] == "resume"]
+    newest, before = event["passed_over"]
+    assert newest.startswith("step-00000015: rank-1.pt does not hold what belongs there (")
+    assert before.startswith("step-00000010: rank-0.pt does not hold what belongs there (")
+    assert len(list((directory / "checkpoints").glob("*.set-aside-*"))) == 2
+    assert "Traceback" not in again.output
+
+
+def test_other_ranks_look_at_every_ranks_file_before_they_take_anything_up(tmp_path: Path) -> None:
+    straight = launch(tmp_path, *BASE, "compression=int8", "train.micro_batch_size=8", workers=3)
+    directory = continued(straight, step=10)
+    craft(directory / "checkpoints" / "step-00000010", 2, lambda own: own.update(wire=[1]))
+    again = resume(directory, "train.micro_batch_size=12", workers=2)
+    assert again.code == 0, again.output
+    (event,) = [line for line in again.lines("event") if line["event"] == "resume"]
+    assert event["passed_over"] == ["step-00000010: rank-2.pt does not hold what a rank saves (wire)"]
+    assert event["step"] == 5
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_silently_begin_again(tmp_path: Path) -> None:

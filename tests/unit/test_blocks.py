@@ -51,3 +51,12 @@ def test_a_scalar_parameter_is_refused_by_name() -> None:
     found.register_parameter("gain", nn.Parameter(torch.ones(())))
     with pytest.raises(JobError, match="gain have no dimension"):
         refuse_unshardable(found, [], "Job")
+
+
+def test_a_parameter_without_elements_is_refused_by_name_unless_it_is_frozen() -> None:
+    found = model()
+    found.register_parameter("none", nn.Parameter(torch.ones(0, 3)))
+    with pytest.raises(JobError, match=r"none have no elements"):
+        refuse_unshardable(found, [], "Job")
+    found.none.requires_grad_(False)
+    refuse_unshardable(found, [], "Job")

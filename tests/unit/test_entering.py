@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from launcher.checkpoint import CheckpointStore, Manifest
 from launcher.clusters.attempts import begin_attempt, end_run, mark_stopping, refusal
@@ -366,8 +368,15 @@ def test_weights_to_begin_with_must_exist_but_only_for_a_new_run(tmp_path: Path)
     config = configured(tmp_path, train__init_from=str(tmp_path / "weights.safetensors"))
     with pytest.raises(RunError, match=r"train.init_from=.*there is no such file"):
         entered(config)
+    (tmp_path / "weights.safetensors").mkdir()
+    with pytest.raises(RunError, match=r"train.init_from=.*that is no file"):
+        entered(config)
+    (tmp_path / "weights.safetensors").rmdir()
+    torch.save({"weight": torch.ones(2)}, tmp_path / "weights.safetensors")
+    with pytest.raises(RunError, match=r"cannot be read as a .safetensors file: .*What torch.save has written"):
+        entered(config)
     assert not (tmp_path / "run").exists()
-    (tmp_path / "weights.safetensors").touch()
+    save_file({"weight": torch.ones(2)}, tmp_path / "weights.safetensors")
     entered(config)
     (tmp_path / "weights.safetensors").unlink()
     assert entered(config).attempt == 1

@@ -94,3 +94,45 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     for name in ("file", "absent"):
         with pytest.raises(RequestError, match=f"init_from=.*{name} cannot be read"):
             load_initial_weights(nn.Linear(1, 1), tmp_path / name)
+
+
+def test_tied_weights_that_differ_in_the_file_are_refused_and_nothing_is_loaded(tmp_path: Path) -> None:
+    model = Tied()
+    before, content = weights(model), weights(Tied())
+    content["second.weight"] += 1
+    save_file(content, tmp_path / "file")
+    with pytest.raises(RequestError, match=r"second\.weight and first\.weight \(one and the same in the model"):
+        load_initial_weights(model, tmp_path / "file")
+    assert all(torch.equal(before[name], value) for name, value in weights(model).items())
+
+
+@pytest.mark.parametrize(
+    ("place", "dtype", "word"),
+    [("weight", torch.complex64, "C64"), ("count", torch.bfloat16, "BF16"), ("count", torch.complex64, "C64")],
+)
+def test_numbers_of_which_a_part_would_be_lost_are_refused(
+    tmp_path: Path, place: str, dtype: torch.dtype, word: str
+) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("count", torch.tensor([3]))
+    content = weights(model)
+    content[place] = content[place].to(dtype)
+    save_file(content, tmp_path / "file")
+    with pytest.raises(RequestError, match=f"{place} .{word} in the file, torch"):
+        load_initial_weights(model, tmp_path / "file")
+
+
+def test_whole_numbers_become_weights_and_empty_and_complex_ones_stay(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    model.register_buffer("phases", torch.zeros(2, dtype=torch.complex64))
+    model.register_parameter("none", nn.Parameter(torch.zeros(0, 3)))
+    content = {
+        "weight": torch.tensor([[1, 2]]),
+        "bias": torch.ones(1, dtype=torch.float16),
+        "phases": torch.tensor([1j, 2.0]),
+        "none": torch.zeros(0, 3),
+    }
+    save_file(content, tmp_path / "file")
+    load_initial_weights(model, tmp_path / "file")
+    assert model.weight.tolist() == [[1.0, 2.0]]
+    assert model.phases.tolist() == [1j, 2.0]

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from launcher.checkpoint import CheckpointStore
 from launcher.checkpoint.manifest import _canonical
-from launcher.errors import CheckpointError
-from tests.unit.learners import UnevenJob, learner_for, load, save
+from launcher.checkpoint.saver import Saved, Saver
+from launcher.errors import CheckpointError, DamagedCheckpointError
+from tests.unit.learners import UnevenJob, learner_for, load, save, snapshot
 
 SCALED: dict[str, Any] = {"precision__loss_scale__enabled": True}
 
@@ -58,7 +60,7 @@ def test_a_state_of_wrong_types_is_refused(tmp_path: Path, name: str, value: obj
 def test_a_loss_scale_that_is_none_is_refused(tmp_path: Path) -> None:
     save(learner_for(**SCALED), tmp_path)
     rewritten(tmp_path, lambda content: content["loss_scale"].pop("tolerance"))
-    with pytest.raises(CheckpointError, match="cannot be loaded: a loss scale's state has the keys"):
+    with pytest.raises(DamagedCheckpointError, match=r"manifest.json does not hold .*loss scale's state has the keys"):
         load(learner_for(**SCALED), tmp_path)
 
 
@@ -70,6 +72,143 @@ def test_a_ranks_own_file_that_is_none_is_refused(tmp_path: Path, own: object) -
     rewritten(tmp_path, lambda content: None)
     with pytest.raises(CheckpointError, match="does not hold what a rank saves"):
         load(learner_for(), tmp_path)
+
+
+ADAM: dict[str, Any] = {"optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.1}}
+
+
+def crafted(folder: Path, change: Any) -> None:
+    """The rank's own file as somebody else could have made it."""
+    (path,) = folder.glob("checkpoints/step-*/rank-0.pt")
+    own = torch.load(path, weights_only=True)
+    change(own)
+    torch.save(own, path)
+    rewritten(folder, lambda content: None)
+
+
+class Normed(UnevenJob):
+    def build_model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(5))
+
+
+OWN: dict[str, Any] = {
+    "no words of Python's": lambda own: own["random"].pop("python"),
+    "too few words of Python's": lambda own: own["random"]["python"].__setitem__(1, torch.ones(3, dtype=torch.int64)),
+    "a word for a Gaussian": lambda own: own["random"]["python"].__setitem__(2, "gauss"),
+    "a generator that is none": lambda own: own["random"].update(python="state"),
+    "another generator of NumPy's": lambda own: own["random"]["numpy"].__setitem__(0, "PCG64"),
+    "a place outside of NumPy's words": lambda own: own["random"]["numpy"].__setitem__(2, 10**9),
+    "torch's generator cut": lambda own: own["random"].update(torch=own["random"]["torch"][:100]),
+    "torch's generator of another type": lambda own: own["random"].update(torch=own["random"]["torch"].double()),
+    "a buffer too many": lambda own: own["buffers"].update(more=torch.ones(1)),
+    "a buffer missing": lambda own: own["buffers"].pop("1.running_mean"),
+    "a buffer of another shape": lambda own: own["buffers"].update({"1.running_mean": torch.ones(6)}),
+    "a buffer of another sort": lambda own: own["buffers"].update({"1.running_mean": torch.ones(5, dtype=torch.int64)}),
+    "a buffer that is a word": lambda own: own["buffers"].update({"1.running_mean": "mean"}),
+    "a group that is a word": lambda own: own.update(optimizer_groups=["group"]),
+    "a group's parameters": lambda own: own["optimizer_groups"][0].update(params=[1]),
+    "a group's word for a number": lambda own: own["optimizer_groups"][0].update(eps="small"),
+    "a group's tensor for a number": lambda own: own["optimizer_groups"][0].update(eps=torch.ones(2)),
+    "a group's number for betas": lambda own: own["optimizer_groups"][0].update(betas=0.9),
+    "an error that is a word": lambda own: own["wire"].update({"all/weight/0": "x"}),
+    "an error of two dimensions": lambda own: own["wire"].update({"all/weight/0": torch.ones(2, 2)}),
+    "a weight of two numbers": lambda own: own["wire"].update({"weight/all": torch.ones(2)}),
+    "a name that is a number": lambda own: own["wire"].update({3: torch.ones(2)}),
+    "extra state without a name": lambda own: own["extra"].update({3: 3}),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_a_ranks_own_file_that_nobody_has_saved_so_is_damage_and_named(tmp_path: Path, case: str) -> None:
+    save(learner_for(Normed(), **ADAM), tmp_path)
+    load(learner_for(Normed(), **ADAM), tmp_path)
+    crafted(tmp_path, OWN[case])
+    before = torch.get_rng_state()
+    with pytest.raises(DamagedCheckpointError, match=r"step-00000000 cannot be loaded: rank-0\.pt does not hold"):
+        load(learner_for(Normed(), **ADAM), tmp_path)
+    learner_for(Normed(), **ADAM)  # draws what it has drawn before
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+SHARED: dict[str, tuple[Any, str]] = {
+    "a moment missing": (lambda tensors: tensors.pop("optimizer.weight.exp_avg"), "weight.exp_avg is missing"),
+    "a moment of another shape": (
+        lambda tensors: tensors.update({"optimizer.weight.exp_avg": torch.ones(7)}),
+        r"weight.exp_avg is a tensor \[7\] of torch.float32 instead of a tensor \[1, 3\]",
+    ),
+    "a moment of another sort": (
+        lambda tensors: tensors.update({"optimizer.weight.exp_avg": torch.ones(1, 3, dtype=torch.complex64)}),
+        "of torch.complex64 instead of",
+    ),
+    "a step of three numbers": (
+        lambda tensors: tensors.update({"optimizer.bias.step": torch.ones(3)}),
+        r"bias.step is a tensor \[3\]",
+    ),
+}
+
+
+def saved_with(folder: Path, change: Any = lambda tensors: None, **changes: Any) -> None:
+    """``save``, of other tensors than the learner has."""
+    taken = snapshot(learner_for(**changes))
+    change(taken.tensors)
+    saver = Saver(CheckpointStore(folder / "checkpoints"), 0, 1, torch.device("cpu"))
+    saver.begin(lambda: taken)
+    assert isinstance(saver.settle(), Saved)
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_optimizer_state_that_is_not_the_optimizers_is_damage_and_named(tmp_path: Path, case: str) -> None:
+    change, words = SHARED[case]
+    saved_with(tmp_path, change, **ADAM)
+    with pytest.raises(DamagedCheckpointError, match=f"cannot be loaded: manifest.json does not hold .*{words}"):
+        load(learner_for(**ADAM), tmp_path)
+
+
+def test_a_number_in_the_place_of_a_tensor_is_damage(tmp_path: Path) -> None:
+    saved_with(tmp_path, lambda tensors: tensors.pop("optimizer.weight.step"), **ADAM)
+    rewritten(tmp_path, lambda content: content["state"]["optimizer_numbers"].update({"weight.step": 3.0}))
+    with pytest.raises(DamagedCheckpointError, match=r"weight\.step is a float instead of a tensor"):
+        load(learner_for(**ADAM), tmp_path)
+
+
+@pytest.mark.parametrize("scale", [0.0, -2.0, float("inf"), float("nan"), 10**400])
+def test_a_loss_scale_that_nothing_can_be_scaled_with_is_damage(tmp_path: Path, scale: float) -> None:
+    save(learner_for(**SCALED), tmp_path)
+    rewritten(tmp_path, lambda content: content["loss_scale"].update(scale=scale))
+    with pytest.raises(DamagedCheckpointError, match=r"manifest.json does not hold what belongs there"):
+        load(learner_for(**SCALED), tmp_path)
+
+
+def test_a_weight_of_another_sort_is_not_of_this_model(tmp_path: Path) -> None:
+    saved_with(tmp_path, lambda tensors: tensors.update({"model.weight": torch.ones(1, 3, dtype=torch.int64)}))
+    with pytest.raises(CheckpointError, match=r"weight is torch\.int64 there and torch\.float32 here"):
+        load(learner_for(), tmp_path)
+
+
+def test_what_the_optimizer_did_not_keep_before_begins_anew_and_says_so(tmp_path: Path) -> None:
+    save(learner_for(**ADAM), tmp_path)
+    learner = learner_for(optimizer={**ADAM["optimizer"], "amsgrad": True})
+    _, notes = load(learner, tmp_path)
+    assert notes == ["the optimizer did not keep max_exp_avg_sq, which begins anew"]
+    for parameter in learner.optimizer.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    learner.optimizer.optimizer.step()
+
+
+class Strict(UnevenJob):
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": 3}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise KeyError("unseen")
+
+
+def test_an_error_of_the_users_own_code_stays_one_and_says_what_it_was_given(tmp_path: Path) -> None:
+    save(learner_for(Strict()), tmp_path)
+    with pytest.raises(KeyError, match="unseen") as caught:
+        load(learner_for(Strict()), tmp_path)
+    assert "the job's state was taken up from" in caught.value.__notes__[0]
+    assert "step-00000000" in caught.value.__notes__[0]
 
 
 class Loud:

@@ -1,0 +1,38 @@
+"""Whether a value from a checkpoint can take the place of one that a fresh learner has."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from launcher.checkpoint.loading import TensorFacts
+
+__all__ = ["kind", "require_like"]
+
+
+def kind(value: Tensor | TensorFacts) -> str:
+    """What sort of numbers a tensor has: those of one sort can be loaded as each other."""
+    if value.dtype.is_complex:
+        return "complex"
+    return "floating" if value.dtype.is_floating_point else "whole"
+
+
+def require_like(saved: object, built: object, name: str) -> None:
+    """See that a saved value can take the place of one that was built: numbers of one shape and sort, or one type.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if isinstance(built, Tensor):
+        if not isinstance(saved, (Tensor, TensorFacts)) or saved.shape != built.shape or kind(saved) != kind(built):
+            raise ValueError(f"{name} is {_described(saved)} instead of {_described(built)}")
+    elif isinstance(built, (bool, int, float)):
+        if not isinstance(saved, (bool, int, float)):
+            raise ValueError(f"{name} is {_described(saved)} instead of a number")
+    elif built is not None and type(saved) is not type(built):
+        raise ValueError(f"{name} is {_described(saved)} instead of {_described(built)}")
+
+
+def _described(value: object) -> str:
+    if isinstance(value, (Tensor, TensorFacts)):
+        return f"a tensor {list(value.shape)} of {value.dtype}"
+    return f"a {type(value).__name__}"
