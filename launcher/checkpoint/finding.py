@@ -75,16 +75,17 @@ def _damage(checkpoint: Checkpoint, rank: int, world_size: int) -> Problem | Non
             mine.append(name)
     with judging() as verdict:
         checkpoint.check_digests(mine)
-    return agreed(verdict.problem, world_size)
+    problem: Problem | None = agreed(verdict.problem, world_size)
+    return problem
 
 
-def agreed(problem: Problem | None, world_size: int) -> Problem | None:
-    """What the first of the ranks that have one knows to be wrong, the same on every rank; collective."""
-    problems: list[Problem | None] = [problem]
+def agreed(finding: Any, world_size: int) -> Any:
+    """What the first of the ranks that have found something has; None if none has. Collective."""
+    findings = [finding]
     if world_size > 1:
-        problems = [None] * world_size
-        dist.all_gather_object(problems, problem)
-    return next((one for one in problems if one is not None), None)
+        findings = [None] * world_size
+        dist.all_gather_object(findings, finding)
+    return next((one for one in findings if one is not None), None)
 
 
 def _from_first(value: Any, world_size: int) -> Any:

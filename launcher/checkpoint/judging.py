@@ -49,18 +49,18 @@ def judging() -> Iterator[_Verdict]:
 
 @contextmanager
 def looking_into(path: object, name: str) -> Iterator[None]:
-    """Whatever fails inside, where nothing of the user's is called, is what a file of a checkpoint holds.
+    """Whatever fails inside is what a file of a checkpoint holds: nothing of the user's is called or compared there.
 
     Args:
         path: the checkpoint.
         name: of the file.
 
     Raises:
-        DamagedCheckpointError: in place of any error but a request's, and the system's.
+        DamagedCheckpointError: in place of any error but a request's, the system's, and a lack of memory.
     """
     try:
         yield
-    except (RequestError, OSError):
+    except (RequestError, OSError, MemoryError):
         raise
     except Exception as error:
         text = str(error).strip().split("\n")[0]

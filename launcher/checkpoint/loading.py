@@ -7,7 +7,7 @@ metadata by ``layout``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from launcher.checkpoint.folder import Checkpoint
 from launcher.checkpoint.layout import LAYOUT, read_layout
 from launcher.checkpoint.manifest import DamagedError
-from launcher.errors import DamagedCheckpointError
+from launcher.errors import CheckpointError, DamagedCheckpointError
 
 __all__ = ["TensorFacts", "rank_file", "read_private", "read_tensors", "tensor_facts"]
 
@@ -75,7 +75,8 @@ def read_tensors(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
         targets: of the saved shapes; of any dtype, strategy and number of ranks.
 
     Raises:
-        DamagedCheckpointError: something is not as the layout says.
+        DamagedCheckpointError: a file is not what was written.
+        CheckpointError: it is, and torch cannot load it.
         OSError: a file cannot be read.
     """
     # Inference on parameters: copy_ into a leaf that requires a gradient is refused otherwise.
@@ -90,10 +91,9 @@ def read_tensors(checkpoint: Checkpoint, targets: Mapping[str, Tensor]) -> None:
             plan = reader.prepare_local_plan(planner.create_local_plan())
             (plan,) = planner.create_global_plan([plan])
             reader.read_data(planner.finish_plan(plan), planner).wait()
-    except OSError:
-        raise
     except Exception as error:  # torch's own; a file of the right size may hold anything
-        raise DamagedCheckpointError(checkpoint.path, _words(error)) from error
+        names = {info.relative_path for info in metadata.storage_data.values()}
+        raise _not_loaded(checkpoint, names, error) from error
 
 
 def rank_file(rank: int) -> str:
@@ -109,7 +109,8 @@ def read_private(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
         rank: of the ranks that saved it.
 
     Raises:
-        DamagedCheckpointError: it is not there, or is not a dict of tensors and plain values.
+        DamagedCheckpointError: it is not there, or is not what was written, or not a dict of tensors and plain values.
+        CheckpointError: torch cannot load it.
         OSError: it cannot be read.
     """
     name = rank_file(rank)
@@ -117,19 +118,32 @@ def read_private(checkpoint: Checkpoint, rank: int) -> dict[str, Any]:
         raise DamagedCheckpointError(checkpoint.path, f"{name} is missing")
     try:
         found = torch.load(checkpoint.path / name, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:
-        raise DamagedCheckpointError(checkpoint.path, f"{name}: {_words(error)}") from error
+        raise _not_loaded(checkpoint, [name], error) from error
     if not isinstance(found, dict):
         raise DamagedCheckpointError(checkpoint.path, f"{name} does not hold what a rank saves")
     return found
 
 
-def _words(error: Exception) -> str:
-    """torch's, but for those that say how to load what could run code all the same."""
+def _not_loaded(checkpoint: Checkpoint, names: Iterable[str], error: Exception) -> CheckpointError:
+    """What to raise where torch fails: damage if the digests say so, or if what is there is nothing that torch saves.
+
+    Otherwise a lack of memory or another torch are the likelier reasons. A system's error is none: torch also has one
+    where a file leads it astray, and one that is real comes again with the digests.
+    """
+    try:
+        checkpoint.check_digests(names)
+    except DamagedError as damage:
+        return DamagedCheckpointError(checkpoint.path, str(damage))
     text = str(error).strip()
+    if named := re.search(r"GLOBAL (\S+)", text):  # torch's words go on to say how to load it all the same
+        reason = f"it holds {named[1]}, which no checkpoint needs and which could run code"
+        return DamagedCheckpointError(checkpoint.path, reason)
     if "Weights only load failed" in text:
-        named = re.search(r"GLOBAL (\S+)", text)
-        return f"it holds {named[1] if named else 'something'}, which no checkpoint needs and which could run code"
-    return text.split("\n")[0] or type(error).__name__
+        return DamagedCheckpointError(checkpoint.path, "it holds something else than tensors and plain values")
+    words = next(iter(text.splitlines()), type(error).__name__)
+    return CheckpointError(
+        f"{checkpoint.path} cannot be loaded, though its files are as they were written: {words}. See that there is "
+        "memory enough, and that torch is the one that has written it; to take the one before it, move this one out of "
+        "its folder."
+    )

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 from launcher.checkpoint.loading import TensorFacts
+from launcher.errors import CheckpointError
 
-__all__ = ["kind", "require_like"]
+__all__ = ["fitting", "kind", "require_like"]
+
+
+@contextmanager
+def fitting(path: object) -> Iterator[None]:
+    """Where a checkpoint is compared with what has been built: what differs may well be the user's to undo.
+
+    Args:
+        path: the checkpoint.
+
+    Raises:
+        CheckpointError: in place of a ValueError.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} does not fit what this run builds now: {error}. Undo the change to the model or the optimizer, or "
+            "start a new run (train.init_from takes weights along)."
+        ) from error
 
 
 def kind(value: Tensor | TensorFacts) -> str:

@@ -89,7 +89,7 @@ def targets(
         notes: gets what is left out, in words.
 
     Raises:
-        ValueError: an entry is not what this optimizer would have there, or some parameters lack one.
+        ValueError: an entry is not what this optimizer would have there.
     """
     optimizer = learner.optimizer
     ours = type(optimizer.optimizer).__name__
@@ -101,7 +101,7 @@ def targets(
         notes.append(f"the optimizer's state is left out: it is that of {saved_kind}, and this is {ours}")
         return {}
     entries = {full.removeprefix(_PREFIX): fact for full, fact in facts.items() if full.startswith(_PREFIX)}
-    if new := _require_whole(learner, {**entries, **saved_numbers}):
+    if new := _require_fit(learner, {**entries, **saved_numbers}):
         notes.append(f"the optimizer did not keep {listed(new)}, which begins anew")
     found: dict[Tensor, dict[str, Tensor]] = {}
     for name, target in zip(learner.parameter_names, _stepped(learner), strict=True):
@@ -115,13 +115,11 @@ def targets(
     return found
 
 
-def _require_whole(learner: Learner, saved: dict[str, TensorFacts | float]) -> set[str]:
+def _require_fit(learner: Learner, saved: dict[str, TensorFacts | float]) -> set[str]:
     """See that saved entries are like those that the optimizer has been built with, as far as it has been.
 
-    An entry that is missing for some parameters only is lost; one that is for all was not kept by the settings of then.
-
     Returns:
-        The latter.
+        Entries that were not kept then, for all parameters or for the one that is named.
     """
     new = set()
     kept = {full.rpartition(".")[2] for full in saved}
@@ -132,9 +130,7 @@ def _require_whole(learner: Learner, saved: dict[str, TensorFacts | float]) -> s
             built = _laid_out_like(value, source) if isinstance(value, Tensor) else value
             require_like(saved[full], built, f"the optimizer's {full}")
         elif name in of_parameters:
-            if key in kept:
-                raise ValueError(f"the optimizer's {full} is missing")
-            new.add(key)
+            new.add(full if key in kept else key)
     return new
 
 
@@ -165,14 +161,12 @@ def load(learner: Learner, state: dict[Tensor, dict[str, Tensor]], saved_numbers
 
 
 def check_groups(learner: Learner, saved: list[Any], saved_kind: str) -> None:
-    """See that ``saved`` can be what ``groups`` has found, of as many groups as these if it is this optimizer's.
+    """See that what ``groups`` has found is like what is in the groups now, if it is this optimizer's.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: naming what is not.
     """
     optimizer = learner.optimizer.optimizer
-    if any(not isinstance(entries, dict) or "params" in entries for entries in saved):
-        raise ValueError("what the optimizer keeps in its parameter groups is none of its")
     if type(optimizer).__name__ != saved_kind or len(saved) != len(optimizer.param_groups):
         return
     for index, (group, entries) in enumerate(zip(optimizer.param_groups, saved, strict=True)):

@@ -1,8 +1,9 @@
 """Putting a freshly built learner where a checkpoint was taken: all is read and looked at, and only then taken up.
 
-Digests say that a checkpoint is what somebody wrote, not that T-minus did. So what is in it is compared with what this
-learner would save; where it differs, the ranks can agree on an older checkpoint before any code of the user's has been
-given a part of it, and begin again with a fresh learner.
+Digests say that a checkpoint is what somebody wrote, not that T-minus did. What no learner would save is damage, and
+the ranks can agree on an older checkpoint before any code of the user's has been given a part of it. What another
+learner than this one could have saved is not: the user has changed something, and is told what, with every checkpoint
+left in place.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from launcher.errors import CheckpointError, DamagedCheckpointError, JobError
 from launcher.precision import DynamicLossScale
 from launcher.training import generators, optimizer_state
 from launcher.training.batches import Data
-from launcher.training.likeness import kind, require_like
+from launcher.training.likeness import fitting, kind, require_like
 from launcher.training.state import MODEL_PREFIX, extra_state, persistent_buffers
 from launcher.training.step import Learner
 
@@ -76,8 +77,8 @@ def read(learner: Learner, checkpoint: Checkpoint, rank: int, world_size: int) -
     """Read and look at what this rank needs; no collective, and nothing of the user's is called.
 
     Raises:
-        DamagedCheckpointError: the content is not what a learner like this one saves.
-        CheckpointError: it is not of this model.
+        DamagedCheckpointError: the content is not what any learner saves.
+        CheckpointError: it is not of this model or optimizer, or torch cannot load it as things are.
         OSError: a file cannot be read.
     """
     manifest, path = checkpoint.manifest, checkpoint.path
@@ -89,17 +90,21 @@ def read(learner: Learner, checkpoint: Checkpoint, rank: int, world_size: int) -
     targets: dict[str, Tensor] = {MODEL_PREFIX + name: value for name, value in model.named_parameters()}
     targets |= {MODEL_PREFIX + name: buffer for name, buffer in persistent_buffers(model).items()}
     _require_same_model(checkpoint, targets, facts)
-    with looking_into(path, MANIFEST):
+    with fitting(path):
         optimizer = optimizer_state.targets(
             learner, manifest.state["optimizer"], facts, manifest.state["optimizer_numbers"], notes
         )
+    with looking_into(path, MANIFEST):
         _read_loss_scale(learner, manifest.loss_scale, manifest.dtype, notes)
         learner.schedule.applied_steps.fill_(manifest.applied_steps)
     read_tensors(checkpoint, targets | {name: target for entry in optimizer.values() for name, target in entry.items()})
     own = _read_own(learner, checkpoint, rank if same else 0)
+    with fitting(path):
+        optimizer_state.check_groups(learner, own["optimizer_groups"], manifest.state["optimizer"])
     if same:
         with looking_into(path, rank_file(rank)):
             generators.check(own["random"], learner.device)
+        with fitting(path):
             _check_buffers(learner, own["buffers"])
     else:  # the others' errors on the wire are wanted too: each rank looks at a share of them
         for other in range(rank, manifest.world_size, world_size):
@@ -207,7 +212,8 @@ def _read_own(learner: Learner, checkpoint: Checkpoint, rank: int) -> dict[str, 
         raise DamagedCheckpointError(checkpoint.path, reason)
     with looking_into(checkpoint.path, rank_file(rank)):
         learner.model.wire.check(own["wire"])
-        optimizer_state.check_groups(learner, own["optimizer_groups"], checkpoint.manifest.state["optimizer"])
+        if any(not isinstance(entries, dict) or "params" in entries for entries in own["optimizer_groups"]):
+            raise ValueError("what the optimizer keeps in its parameter groups is none of its")
         if wrong := [name for part in ("buffers", "extra") for name in own[part] if not isinstance(name, str)]:
             raise ValueError(f"the name {wrong[0]!r}")
     return own

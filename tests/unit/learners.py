@@ -71,9 +71,9 @@ def save(learner: Learner, folder: Path, best: Best | None = None) -> None:
     assert isinstance(saver.settle(), Saved)
 
 
-def load(learner: Learner, folder: Path) -> tuple[Progress, list[str]]:
+def load(learner: Learner, folder: Path, verify: Verify = Verify.full) -> tuple[Progress, list[str]]:
     """The newest checkpoint of ``save``, into a learner that was freshly built."""
-    found = CheckpointStore(folder / "checkpoints").newest_valid(Verify.full)
+    found = CheckpointStore(folder / "checkpoints").newest_valid(verify)
     assert found.checkpoint is not None
     return resumed(learner, uneven_data(), _IDENTITY, found.checkpoint)
 

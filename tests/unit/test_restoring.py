@@ -15,6 +15,7 @@ from torch import nn
 from launcher.checkpoint import CheckpointStore
 from launcher.checkpoint.manifest import _canonical
 from launcher.checkpoint.saver import Saved, Saver
+from launcher.config.schema import Verify
 from launcher.errors import CheckpointError, DamagedCheckpointError
 from tests.unit.learners import UnevenJob, learner_for, load, save, snapshot
 
@@ -100,16 +101,8 @@ OWN: dict[str, Any] = {
     "a place outside of NumPy's words": lambda own: own["random"]["numpy"].__setitem__(2, 10**9),
     "torch's generator cut": lambda own: own["random"].update(torch=own["random"]["torch"][:100]),
     "torch's generator of another type": lambda own: own["random"].update(torch=own["random"]["torch"].double()),
-    "a buffer too many": lambda own: own["buffers"].update(more=torch.ones(1)),
-    "a buffer missing": lambda own: own["buffers"].pop("1.running_mean"),
-    "a buffer of another shape": lambda own: own["buffers"].update({"1.running_mean": torch.ones(6)}),
-    "a buffer of another sort": lambda own: own["buffers"].update({"1.running_mean": torch.ones(5, dtype=torch.int64)}),
-    "a buffer that is a word": lambda own: own["buffers"].update({"1.running_mean": "mean"}),
     "a group that is a word": lambda own: own.update(optimizer_groups=["group"]),
     "a group's parameters": lambda own: own["optimizer_groups"][0].update(params=[1]),
-    "a group's word for a number": lambda own: own["optimizer_groups"][0].update(eps="small"),
-    "a group's tensor for a number": lambda own: own["optimizer_groups"][0].update(eps=torch.ones(2)),
-    "a group's number for betas": lambda own: own["optimizer_groups"][0].update(betas=0.9),
     "an error that is a word": lambda own: own["wire"].update({"all/weight/0": "x"}),
     "an error of two dimensions": lambda own: own["wire"].update({"all/weight/0": torch.ones(2, 2)}),
     "a weight of two numbers": lambda own: own["wire"].update({"weight/all": torch.ones(2)}),
@@ -130,8 +123,28 @@ def test_a_ranks_own_file_that_nobody_has_saved_so_is_damage_and_named(tmp_path:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+OTHER: dict[str, Any] = {
+    "a buffer too many": lambda own: own["buffers"].update(more=torch.ones(1)),
+    "a buffer missing": lambda own: own["buffers"].pop("1.running_mean"),
+    "a buffer of another shape": lambda own: own["buffers"].update({"1.running_mean": torch.ones(6)}),
+    "a buffer of another sort": lambda own: own["buffers"].update({"1.running_mean": torch.ones(5, dtype=torch.int64)}),
+    "a buffer that is a word": lambda own: own["buffers"].update({"1.running_mean": "mean"}),
+    "a group's word for a number": lambda own: own["optimizer_groups"][0].update(eps="small"),
+    "a group's tensor for a number": lambda own: own["optimizer_groups"][0].update(eps=torch.ones(2)),
+    "a group's number for betas": lambda own: own["optimizer_groups"][0].update(betas=0.9),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_what_another_learner_could_have_saved_is_no_damage_but_refused_and_named(tmp_path: Path, case: str) -> None:
+    save(learner_for(Normed(), **ADAM), tmp_path)
+    crafted(tmp_path, OTHER[case])
+    with pytest.raises(CheckpointError, match=r"does not fit what this run builds now: .*Undo the change") as caught:
+        load(learner_for(Normed(), **ADAM), tmp_path)
+    assert not isinstance(caught.value, DamagedCheckpointError)
+
+
 SHARED: dict[str, tuple[Any, str]] = {
-    "a moment missing": (lambda tensors: tensors.pop("optimizer.weight.exp_avg"), "weight.exp_avg is missing"),
     "a moment of another shape": (
         lambda tensors: tensors.update({"optimizer.weight.exp_avg": torch.ones(7)}),
         r"weight.exp_avg is a tensor \[7\] of torch.float32 instead of a tensor \[1, 3\]",
@@ -157,17 +170,41 @@ def saved_with(folder: Path, change: Any = lambda tensors: None, **changes: Any)
 
 
 @pytest.mark.parametrize("case", SHARED)
-def test_optimizer_state_that_is_not_the_optimizers_is_damage_and_named(tmp_path: Path, case: str) -> None:
+def test_optimizer_state_of_other_shapes_is_no_damage_but_refused_and_named(tmp_path: Path, case: str) -> None:
     change, words = SHARED[case]
     saved_with(tmp_path, change, **ADAM)
-    with pytest.raises(DamagedCheckpointError, match=f"cannot be loaded: manifest.json does not hold .*{words}"):
+    with pytest.raises(CheckpointError, match=f"does not fit what this run builds now: .*{words}") as caught:
         load(learner_for(**ADAM), tmp_path)
+    assert not isinstance(caught.value, DamagedCheckpointError)
 
 
-def test_a_number_in_the_place_of_a_tensor_is_damage(tmp_path: Path) -> None:
+def test_an_entry_that_one_parameter_lacks_begins_anew_and_says_so(tmp_path: Path) -> None:
+    saved_with(tmp_path, lambda tensors: tensors.pop("optimizer.weight.exp_avg"), **ADAM)
+    learner = learner_for(**ADAM)
+    _, notes = load(learner, tmp_path)
+    assert notes == ["the optimizer did not keep weight.exp_avg, which begins anew"]
+    for parameter in learner.optimizer.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    learner.optimizer.optimizer.step()
+
+
+def test_what_torch_cannot_load_is_damage_if_the_digests_say_so_and_else_refused(tmp_path: Path) -> None:
+    save(learner_for(), tmp_path)
+    (path,) = tmp_path.glob("checkpoints/step-*/rank-0.pt")
+    content = path.read_bytes()
+    path.write_bytes(content[:200] + bytes(len(content) - 200))
+    with pytest.raises(DamagedCheckpointError, match=r"rank-0\.pt is damaged: its content is not what was written"):
+        load(learner_for(), tmp_path, Verify.sizes)
+    rewritten(tmp_path, lambda content: None)
+    with pytest.raises(CheckpointError, match="though its files are as they were written: ") as caught:
+        load(learner_for(), tmp_path)
+    assert not isinstance(caught.value, DamagedCheckpointError)
+
+
+def test_a_number_in_the_place_of_a_tensor_does_not_fit(tmp_path: Path) -> None:
     saved_with(tmp_path, lambda tensors: tensors.pop("optimizer.weight.step"), **ADAM)
     rewritten(tmp_path, lambda content: content["state"]["optimizer_numbers"].update({"weight.step": 3.0}))
-    with pytest.raises(DamagedCheckpointError, match=r"weight\.step is a float instead of a tensor"):
+    with pytest.raises(CheckpointError, match=r"does not fit .*weight\.step is a float instead of a tensor"):
         load(learner_for(**ADAM), tmp_path)
 
 
