@@ -17,6 +17,7 @@ from launcher.checkpoint.manifest import _canonical
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.config.schema import Verify
 from launcher.errors import CheckpointError, DamagedCheckpointError
+from launcher.training.step import Learner
 from tests.unit.learners import UnevenJob, learner_for, load, save, snapshot
 
 SCALED: dict[str, Any] = {"precision__loss_scale__enabled": True}
@@ -230,6 +231,56 @@ def test_what_the_optimizer_did_not_keep_before_begins_anew_and_says_so(tmp_path
     for parameter in learner.optimizer.parameters:
         parameter.grad = torch.ones_like(parameter)
     learner.optimizer.optimizer.step()
+
+
+def optimizer(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"optimizer": {"_target_": f"torch.optim.{name}", "lr": 0.1, **arguments}}
+
+
+CHANGED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (optimizer("AdamW"), optimizer("AdamW", lr=0.2, betas=[0.5, 0.9], eps=1e-4, weight_decay=0.0)),
+    (optimizer("AdamW"), optimizer("AdamW", amsgrad=True)),
+    (optimizer("AdamW", amsgrad=True), optimizer("AdamW")),
+    (optimizer("Adam"), optimizer("AdamW")),
+    (optimizer("SGD"), optimizer("SGD", momentum=0.9)),
+    (optimizer("SGD", momentum=0.9, nesterov=True), optimizer("SGD")),
+    (optimizer("RMSprop", momentum=0.9, centered=True), optimizer("RMSprop")),
+    (optimizer("AdamW", foreach=False), optimizer("AdamW", foreach=True)),
+    (optimizer("AdamW", capturable=False), optimizer("AdamW", maximize=True)),
+    (optimizer("ASGD"), optimizer("ASGD", t0=10)),
+    (optimizer("Adafactor"), optimizer("Adafactor", beta2_decay=-0.5)),
+    (optimizer("NAdam"), optimizer("NAdam", decoupled_weight_decay=True)),
+    ({}, {"precision__loss_scale__enabled": True}),
+    ({"precision__loss_scale__enabled": True}, {}),
+    (
+        {"precision__loss_scale__enabled": True},
+        {
+            "precision__loss_scale__enabled": True,
+            "precision__loss_scale__maximum": 4.0,
+            "precision__loss_scale__growth_interval": 1,
+        },
+    ),
+    ({}, {"precision__dtype": "bfloat16"}),
+    ({"precision__dtype": "bfloat16"}, {}),
+    ({}, {"train__max_grad_norm": 0.5, "seed": 7}),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGED, ids=str)
+def test_no_change_of_an_option_makes_a_good_checkpoint_a_damaged_one(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    def step(learner: Learner) -> None:
+        for parameter in learner.optimizer.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        learner.optimizer.optimizer.step()
+
+    stepped = learner_for(Normed(), **before)
+    step(stepped)
+    save(stepped, tmp_path)
+    goes_on = learner_for(Normed(), **after)
+    load(goes_on, tmp_path)
+    step(goes_on)
 
 
 class Strict(UnevenJob):
