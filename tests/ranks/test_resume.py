@@ -216,6 +216,19 @@ def test_a_checkpoint_with_wrong_content_on_one_rank_is_passed_over_by_all(tmp_p
     assert "Traceback" not in again.output
 
 
+def test_what_does_not_fit_one_rank_is_refused_by_all_and_nothing_is_set_aside(tmp_path: Path) -> None:
+    straight = launch(tmp_path, *BASE, "train.micro_batch_size=12")
+    directory = continued(straight, step=15)
+    craft(directory / "checkpoints" / "step-00000015", 1, lambda own: own["optimizer_groups"][0].update(eps="small"))
+    there = sorted(path.name for path in (directory / "checkpoints").iterdir())
+    again = resume(directory)
+    assert again.code == 2, again.output
+    assert "step-00000015 does not fit what this run builds now: " in again.output
+    assert "['eps'] is a str instead of a number. Undo the change to the model or the optimizer" in again.output
+    assert "Traceback" not in again.output
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == there
+
+
 def test_other_ranks_look_at_every_ranks_file_before_they_take_anything_up(tmp_path: Path) -> None:
     straight = launch(tmp_path, *BASE, "compression=int8", "train.micro_batch_size=8", workers=3)
     directory = continued(straight, step=10)
