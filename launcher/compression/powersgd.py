@@ -97,8 +97,7 @@ class PowerSGD:
         self._state.q_memory_dict.pop(index, None)
         if not self._state.use_error_feedback:
             return
-        stale = self._errors.get(index)
-        self._wire.residues = [each for each in self._wire.residues if each.feedback is not stale]
+        self._wire.forget([self._errors[index]] if index in self._errors else [])
         self._errors[index] = Feedback(layout.numel, self._team.device)
         part = 1.0 / self._team.size
         residue = Residue(f"{self._axis}.low_rank", self._errors[index], layout.slices, weight=part, share=part)

@@ -1,10 +1,6 @@
 """Into FSDP2: a reduce-scatter of ours for each module, and for hsdp a mean over the replicas.
 
 FSDP2 waits for a reduce-scatter before it goes on (on CUDA: a stream of its own does), so chunks run here and now.
-
-Private calls into torch: the module's parameter groups (their order, names and shapes, for the errors that are kept),
-and their ``mesh_info``, which is set to that of one replica where the replicas are ours to average:
-``tests/ranks/test_compression_fsdp.py`` notices a change.
 """
 
 from __future__ import annotations
@@ -16,9 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo, FSDPMeshInfo
+from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo
 
 from launcher.compression.channel import Channel
+from launcher.compression.fsdp import (
+    full_name,
+    leave_replicas_alone,
+    parameter_groups,
+    rows_of,
+    tell_present,
+    training_group,
+)
 from launcher.compression.layout import Layout, refuse_complex
 from launcher.compression.links import Team, reduce_scatter
 from launcher.compression.powersgd import PowerSGD
@@ -39,40 +43,20 @@ def attach_sharded(model: nn.Module, config: CompressionConfig, wire: Wire, prob
         probe: looks at what goes into the reduce-scatters.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
+    wire.group = training_group(model)
     if config.codec is not Codec.none:
         refuse_complex(names)
     routes = _Routes(config, wire)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            for group in _parameter_groups(module):
+            for group in parameter_groups(module):
                 unit = _Unit(group, names, routes, probe)
                 module.set_custom_reduce_scatter(unit)  # type: ignore[arg-type]  # by duck typing
                 if unit.takes_replicas:
-                    _leave_replicas_alone(group)
+                    leave_replicas_alone(group)
                     module.set_all_reduce_hook(unit.reduce_replicas)
                 elif unit.has_shards_of_one:
                     module.set_all_reduce_hook(unit.count_replicas)
-
-
-def _parameter_groups(module: FSDPModule) -> list[Any]:
-    """What FSDP2 reduces together; one for each module, unless parameters have meshes of their own."""
-    state: Any = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # before torch 2.12
-        groups = [state._fsdp_param_group]
-    return [group for group in groups if group is not None]
-
-
-def _leave_replicas_alone(group: Any) -> None:
-    """Let FSDP2 reduce over the shards only, as if there were no other replica."""
-    info = group.mesh_info
-    if group.post_forward_mesh_info is not None and group.post_forward_mesh_info != info:
-        raise ValueError(
-            "fully_shard(reshard_after_forward=<a number>) cannot go with compressed replicas: use True or False."
-        )
-    group.mesh_info = FSDPMeshInfo(mesh=info.mesh, shard_mesh_dim=info.shard_mesh_dim)
-    if group.post_forward_mesh_info is not None:
-        group.post_forward_mesh_info = group.mesh_info
 
 
 class _Way(Protocol):
@@ -141,8 +125,8 @@ class _LowRankWay:
 class _Unit:
     """The parameters of one FSDP2 module, whose gradients cross the wire in one flat tensor.
 
-    Serves as ``torch.distributed.fsdp``'s ReduceScatter. A parameter without a gradient is missing in the tensor. Which
-    were there in the last step is looked up when it ends; what fits neither that nor all of them goes without errors.
+    Serves as ``torch.distributed.fsdp``'s ReduceScatter. A parameter without a gradient is missing in the tensor, and
+    the call does not say which is there: that is looked up where FSDP2 is about to collect them.
     """
 
     def __init__(self, group: Any, names: dict[Any, str], routes: _Routes, probe: OverflowProbe | None) -> None:
@@ -161,11 +145,12 @@ class _Unit:
         self.has_shards_of_one = self._num_shards == 1
         """Then FSDP2 has no reduce-scatter to call."""
         self.bytes_sent = 0
-        self._seen: tuple[Any, ...] = tuple(each for each in self._parameters if each.sharded_param.requires_grad)
+        self._present: tuple[Any, ...] = ()
+        """Parameters that have a gradient."""
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         self._wire.counters.append(self)
-        self._wire.on_conclude.append(self._remember)
         self._prepare()
+        tell_present(group, self._find)
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """FSDP2's own buffers."""
@@ -212,10 +197,14 @@ class _Unit:
         if values is not shard:
             shard.copy_(values)
 
+    def _find(self, present: tuple[Any, ...]) -> None:
+        self._present = present
+
     def _prepare(self) -> None:
         """Make the memory of the errors now, so that a checkpoint finds its place."""
-        layout = self._layout_of(self._seen)
-        if not self._seen:
+        trainable = tuple(each for each in self._parameters if each.sharded_param.requires_grad)
+        layout = self._layout_of(trainable)
+        if not trainable:
             return
         if self._channel is not None:
             self._channel.prepare(self._key, layout, gathers=False)
@@ -227,16 +216,16 @@ class _Unit:
 
     def _layout(self, numel: int) -> Layout | None:
         """Of a flat tensor with this many elements; None if it is not known."""
-        trainable = tuple(each for each in self._parameters if each.sharded_param.requires_grad)
-        for candidate in (self._seen, trainable):
-            layout = self._layout_of(candidate)
-            if layout.numel == numel:
-                return layout
-        return None
+        layout = self._layout_of(self._present)
+        return layout if layout.numel == numel else None
 
     def _layout_of(self, parameters: tuple[Any, ...]) -> Layout:
         if parameters not in self._layouts:
-            shapes = [(self._names.get(each.sharded_param, "?"), each._orig_size) for each in parameters]
+            count, names = self._num_shards, self._names
+            shapes = [
+                (full_name(each, names.get(each.sharded_param, "?"), count), rows_of(each, count))
+                for each in parameters
+            ]
             self._layouts[parameters] = Layout.of_shards(shapes, self._num_shards)
         return self._layouts[parameters]
 
@@ -248,9 +237,3 @@ class _Unit:
             if known.part(self._shard_rank, self._num_shards) == layout:
                 return [each.padded_sharded_param_size for each in parameters]
         return []
-
-    def _remember(self) -> None:
-        """Which parameters had a gradient in this step."""
-        seen = tuple(each for each in self._parameters if each.sharded_param.grad is not None)
-        if seen:
-            self._seen = seen
