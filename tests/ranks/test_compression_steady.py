@@ -83,13 +83,18 @@ def test_errors_have_their_place_from_the_start(pools: dict[int, Ranks]) -> None
     assert pools[2].run(memories) == [[True, True]] * 2
 
 
-def attached_late(rank: int) -> float:
-    """To a model with gradients already, whose buckets DDP makes anew after its first step: the largest error."""
+def attached_late(rank: int, num_before: int) -> float:
+    """To a model with gradients already, whose buckets DDP makes anew after its first step, or after some backward
+    passes: the largest error."""
     ddp = replicated(Given(SHAPES), 0.008)
-    for part in ddp.parameters():
-        part.grad = torch.ones_like(part)
-    attach(ddp, "int8")
-    assert all((part.grad == 1).all() for part in ddp.parameters()), "they are nobody else's to change"
+    for step in range(num_before):
+        backward(ddp, drawn(rank, step, SHAPES))
+        ddp.zero_grad()
+    if not num_before:
+        for part in ddp.parameters():
+            part.grad = torch.ones_like(part)
+    assert attach(ddp, "int8").residues, "a saved state finds its place"
+    assert num_before or all((part.grad == 1).all() for part in ddp.parameters()), "they are nobody else's to change"
     worst = 0.0
     for step in range(4):
         ddp.zero_grad()
@@ -100,10 +105,11 @@ def attached_late(rank: int) -> float:
     return worst
 
 
-def test_attached_to_a_model_that_has_gradients_it_is_right_too(pools: dict[int, Ranks]) -> None:
+@pytest.mark.parametrize("num_before", [0, 1, 2])
+def test_attached_to_a_model_that_has_gradients_it_is_right_too(pools: dict[int, Ranks], num_before: int) -> None:
     largest = max(max(each.abs().max().item() for each in drawn(rank, 3, SHAPES)) for rank in range(2))
     # two encodings, each with the errors of the step before
-    assert max(pools[2].run(attached_late)) < 4 * 1.5 * largest / 254
+    assert max(pools[2].run(attached_late, num_before)) < 4 * 1.5 * largest / 254
 
 
 CONFIGS = {
