@@ -211,6 +211,10 @@ class PowerSGD:
                 self._factors[index] = Feedback(saved.numel(), self._team.device)
                 self._factors[index].kept.copy_(saved)
 
+    def names(self) -> set[str]:
+        """Of the number of steps, and of the factors of all tensors."""
+        return {f"{self._axis}.steps", *(self._name(index) for index in self._layouts)}
+
     def _name(self, index: int) -> str:
         """Of the factors of a tensor with this layout."""
         described = f"{self._layouts[index]} {self._rank}"

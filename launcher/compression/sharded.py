@@ -6,7 +6,7 @@ FSDP2 waits for a reduce-scatter before it goes on (on CUDA: a stream of its own
 from __future__ import annotations
 
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -62,7 +62,10 @@ def attach_sharded(model: nn.Module, config: CompressionConfig, wire: Wire, prob
 class _Way(Protocol):
     """Replaces a shard by the mean over the replicas."""
 
-    def __call__(self, key: int, flat: Tensor, layout: Layout | None, shapes: list[torch.Size]) -> None: ...
+    def prepare(self, unit: _Unit) -> None:
+        """Make the memory of the errors now, so that a checkpoint finds its place."""
+
+    def __call__(self, unit: _Unit, flat: Tensor) -> None: ...
 
 
 class _Routes:
@@ -103,23 +106,57 @@ class _Routes:
 
 class _ChannelWay:
     def __init__(self, channel: Channel) -> None:
-        self.channel = channel
+        self._channel = channel
 
-    def __call__(self, key: int, flat: Tensor, layout: Layout | None, shapes: list[torch.Size]) -> None:
-        self.channel.run_mean(key, flat, layout)
+    def prepare(self, unit: _Unit) -> None:
+        self._channel.prepare(unit.key, unit.layouts(unit.trainable).shard, gathers=True)
+
+    def __call__(self, unit: _Unit, flat: Tensor) -> None:
+        layout = unit.layouts(unit.present).shard
+        self._channel.run_mean(unit.key, flat, layout if layout.numel == flat.numel() else None)
 
 
 class _LowRankWay:
-    def __init__(self, factors: PowerSGD) -> None:
-        self.factors = factors
+    """Parameters without a gradient are zeros here, as in DDP's buckets: factors and errors are those of all."""
 
-    def __call__(self, key: int, flat: Tensor, layout: Layout | None, shapes: list[torch.Size]) -> None:
-        parts, offset = [], 0
-        for shape in shapes:
-            parts.append(flat[offset : offset + shape.numel()].view(shape))
-            offset += shape.numel()
-        # What is not known is a vector, which is summed as it is.
-        self.factors.run(key, flat, parts or [flat], layout or Layout((), flat.numel()))
+    def __init__(self, factors: PowerSGD) -> None:
+        self._factors = factors
+        self._buffers: dict[int, Tensor] = {}
+
+    def prepare(self, unit: _Unit) -> None:
+        self._factors.prepare(unit.key, unit.layouts(unit.trainable).shard)
+
+    def __call__(self, unit: _Unit, flat: Tensor) -> None:
+        layout = unit.layouts(unit.trainable).shard
+        if unit.present == unit.trainable:
+            self._factors.run(unit.key, flat, list(_shards_in(flat, unit.trainable).values()), layout)
+            return
+        whole = self._buffers.get(unit.key, flat.new_empty(0))
+        if whole.numel() != layout.numel:
+            whole = self._buffers[unit.key] = flat.new_empty(layout.numel)
+        whole.zero_()
+        here, parts = _shards_in(flat, unit.present), _shards_in(whole, unit.trainable)
+        for parameter, part in here.items():
+            parts[parameter].copy_(part)
+        self._factors.run(unit.key, whole, list(parts.values()), layout)
+        for parameter, part in here.items():
+            part.copy_(parts[parameter])
+
+
+def _shards_in(flat: Tensor, parameters: tuple[Any, ...]) -> dict[Any, Tensor]:
+    """Views of this rank's padded shard of each parameter, empty ones included."""
+    sizes = [each.padded_sharded_param_size for each in parameters]
+    parts = torch.split(flat, [size.numel() for size in sizes])
+    return {each: part.view(size) for each, part, size in zip(parameters, parts, sizes, strict=True)}
+
+
+class _Layouts(NamedTuple):
+    """Of the same parameters."""
+
+    whole: Layout
+    """Of all shards."""
+    shard: Layout
+    """Of this rank's."""
 
 
 class _Unit:
@@ -135,7 +172,7 @@ class _Unit:
         self._names = names
         self._probe = probe
         self._wire = routes.wire
-        self._key = next(routes.numbers)
+        self.key = next(routes.numbers)
         self._num_shards: int = info.shard_mesh_size
         self._shard_rank: int = info.shard_mesh_rank
         self._channel = routes.shard_channel(info)
@@ -145,11 +182,14 @@ class _Unit:
         self.has_shards_of_one = self._num_shards == 1
         """Then FSDP2 has no reduce-scatter to call."""
         self.bytes_sent = 0
-        self._present: tuple[Any, ...] = ()
+        self.present: tuple[Any, ...] = ()
         """Parameters that have a gradient."""
-        self._layouts: dict[tuple[Any, ...], Layout] = {}
+        self._layouts: dict[tuple[Any, ...], _Layouts] = {}
         self._wire.counters.append(self)
-        self._prepare()
+        if self.trainable and self._channel is not None:
+            self._channel.prepare(self.key, self.layouts(self.trainable).whole, gathers=False)
+        if self.trainable and self._replica is not None:
+            self._replica.prepare(self)
         tell_present(group, self._find)
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -169,11 +209,12 @@ class _Unit:
             raise ValueError(
                 "A gradient divide factor (set_gradient_divide_factor) cannot go with a codec: it always averages."
             )
-        self._wire.crossing(self._key)
+        self._wire.crossing(self.key)
         source, target = input_tensor, output_tensor
         if source.dtype is not torch.float32:
             source, target = source.float(), torch.empty_like(target, dtype=torch.float32)
-        self._channel.run_shard_mean(self._key, source, target, self._layout(source.numel()))
+        layout = self.layouts(self.present).whole
+        self._channel.run_shard_mean(self.key, source, target, layout if layout.numel == source.numel() else None)
         if op == dist.ReduceOp.SUM:
             target.mul_(self._num_shards)
         if target is not output_tensor:
@@ -189,51 +230,28 @@ class _Unit:
     def reduce_replicas(self, shard: Tensor) -> None:
         """The mean of the shard that each replica holds, in place."""
         assert self._replica is not None
-        self._wire.crossing((self._key, "replica"))
-        whole = self._layout(shard.numel() * self._num_shards)
-        layout = whole.part(self._shard_rank, self._num_shards) if whole is not None else None
+        self._wire.crossing((self.key, "replica"))
         values = shard if shard.dtype is torch.float32 else shard.float()
-        self._replica(self._key, values, layout, self._shapes(layout))
+        self._replica(self, values)
         if values is not shard:
             shard.copy_(values)
 
+    @property
+    def trainable(self) -> tuple[Any, ...]:
+        """Parameters that may have a gradient."""
+        return tuple(each for each in self._parameters if each.sharded_param.requires_grad)
+
     def _find(self, present: tuple[Any, ...]) -> None:
-        self._present = present
+        self.present = present
 
-    def _prepare(self) -> None:
-        """Make the memory of the errors now, so that a checkpoint finds its place."""
-        trainable = tuple(each for each in self._parameters if each.sharded_param.requires_grad)
-        layout = self._layout_of(trainable)
-        if not trainable:
-            return
-        if self._channel is not None:
-            self._channel.prepare(self._key, layout, gathers=False)
-        shard = layout.part(self._shard_rank, self._num_shards)
-        if isinstance(self._replica, _ChannelWay):
-            self._replica.channel.prepare(self._key, shard, gathers=True)
-        elif isinstance(self._replica, _LowRankWay):
-            self._replica.factors.prepare(self._key, shard)
-
-    def _layout(self, numel: int) -> Layout | None:
-        """Of a flat tensor with this many elements; None if it is not known."""
-        layout = self._layout_of(self._present)
-        return layout if layout.numel == numel else None
-
-    def _layout_of(self, parameters: tuple[Any, ...]) -> Layout:
+    def layouts(self, parameters: tuple[Any, ...]) -> _Layouts:
+        """Of a flat tensor with these parameters."""
         if parameters not in self._layouts:
             count, names = self._num_shards, self._names
             shapes = [
                 (full_name(each, names.get(each.sharded_param, "?"), count), rows_of(each, count))
                 for each in parameters
             ]
-            self._layouts[parameters] = Layout.of_shards(shapes, self._num_shards)
+            whole = Layout.of_shards(shapes, count)
+            self._layouts[parameters] = _Layouts(whole, whole.part(self._shard_rank, count))
         return self._layouts[parameters]
-
-    def _shapes(self, layout: Layout | None) -> list[torch.Size]:
-        """Of this rank's padded shard of each parameter in a layout, empty ones included."""
-        if layout is None:
-            return []
-        for parameters, known in self._layouts.items():
-            if known.part(self._shard_rank, self._num_shards) == layout:
-                return [each.padded_sharded_param_size for each in parameters]
-        return []

@@ -52,6 +52,9 @@ class Keeper(Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up what belongs to it; the rest is not its own."""
 
+    def names(self) -> set[str]:
+        """Of all that it could take up."""
+
 
 class Wire:
     """What crosses the wire for one model's gradients.
@@ -178,8 +181,9 @@ class Wire:
         world_size, rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if initialized else (1, 0)
         saved = read(rank) if rank < saved_world_size else {}
         self._gather()
+        kept = saved if world_size == saved_world_size else self._found(saved, read, saved_world_size)
         for keeper in self.keepers:
-            keeper.load_state_dict(saved)
+            keeper.load_state_dict(kept)
         own = self._own_slices()
         mine = {
             key: value for key, value in saved.items() if parse_key(key)[0] in {each.kind for each in self.residues}
@@ -194,6 +198,19 @@ class Wire:
     def _gather(self) -> None:
         for gather in self.before_state:
             gather()
+
+    def _found(
+        self, own: Mapping[str, Tensor], read: Callable[[int], Mapping[str, Tensor]], saved_world_size: int
+    ) -> dict[str, Tensor]:
+        """What the keepers could take up: this rank's own, or what the first of the others has."""
+        found = dict(own)
+        missing = {name for keeper in self.keepers for name in keeper.names()} - found.keys()
+        for rank in range(saved_world_size):
+            if missing:
+                other = read(rank)
+                found |= {name: other[name] for name in missing & other.keys()}
+                missing -= other.keys()
+        return found
 
     def _own_slices(self) -> dict[str, Tensor]:
         return {

@@ -186,3 +186,42 @@ def taken_up_by_a_pair(rank: int) -> bool:
 
 def test_shards_on_some_of_the_ranks_take_up_their_own_state(pools: dict[int, Ranks]) -> None:
     assert all(pools[4].run(taken_up_by_a_pair))
+
+
+def goes_on_without_some(rank: int, mesh: tuple[int, ...], options: dict[str, Any]) -> bool:
+    """A parameter never has a gradient: whether who takes up the state goes on as the other does, to the last bit."""
+    shapes = ((40, 16), (40, 16), (30,))
+
+    def build() -> tuple[Given, Wire]:
+        model = sharded(Given(shapes), mesh)
+        return model, attach(model, **options)
+
+    def step(model: Given, wire: Wire, number: int) -> list[Tensor | None]:
+        own: list[Tensor | None] = list(drawn(rank, number, shapes))
+        own[1] = None
+        model.zero_grad()
+        with told(wire):
+            backward(model, own)
+        return gradients(model)
+
+    model, wire = build()
+    for number in range(4):
+        step(model, wire, number)
+    other, other_wire = build()
+    other_wire.load_state_dict(all_states(wire).__getitem__, math.prod(mesh))
+    return all(
+        (one is None and two is None) or (one is not None and two is not None and torch.equal(one, two))
+        for number in range(4, 7)
+        for one, two in zip(step(model, wire, number), step(other, other_wire, number), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [((2, 2), {"codec": "int8", "axis": "all"}), ((2, 1), {"codec": "powersgd", "start_step": 2})],
+    ids=str,
+)
+def test_a_run_in_which_some_are_never_used_goes_on_to_the_last_bit(
+    pools: dict[int, Ranks], mesh: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    assert all(pools[math.prod(mesh)].run(goes_on_without_some, mesh, options))
