@@ -8,7 +8,7 @@ change.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 __all__ = [
     "full_name",
     "has_replicas",
+    "has_shards",
     "leave_replicas_alone",
     "parameter_groups",
     "rows_of",
@@ -40,8 +41,17 @@ def parameter_groups(module: FSDPModule) -> list[Any]:
 
 def has_replicas(model: nn.Module) -> bool:
     """Whether FSDP2 averages between whole copies too."""
+    return any(isinstance(info, DDPMeshInfo) for info in _mesh_infos(model))
+
+
+def has_shards(model: nn.Module) -> bool:
+    """Whether all is sharded that FSDP2 has; its ``replicate`` makes whole copies alone."""
+    return all(isinstance(info, FSDPMeshInfo) for info in _mesh_infos(model))
+
+
+def _mesh_infos(model: nn.Module) -> Iterator[Any]:
     modules = (module for module in model.modules() if isinstance(module, FSDPModule))
-    return any(isinstance(group.mesh_info, DDPMeshInfo) for module in modules for group in parameter_groups(module))
+    yield from (group.mesh_info for module in modules for group in parameter_groups(module))
 
 
 def training_group(model: nn.Module) -> dist.ProcessGroup | None:

@@ -22,7 +22,7 @@ from launcher.compression.powersgd import PowerSGD
 from launcher.compression.probe import OverflowProbe
 from launcher.compression.wire import Wire
 from launcher.config.schema import Codec, CompressionConfig
-from launcher.errors import ConfigurationError
+from launcher.errors import ConfigurationError, JobError
 
 __all__ = ["attach_replicated", "preferred_bucket_mib", "settle_buckets"]
 
@@ -95,16 +95,16 @@ def attach_replicated(
             "This DistributedDataParallel has a communication hook already, and can have one: leave out "
             "register_comm_hook, or the codec."
         )
-    group = model.process_group
-    wire.group = group
-    if group.size() > 1:
-        _choose(hook, config, group, wire)
+    wire.group = model.process_group
+    if model.process_group.size() > 1:
+        _choose(hook, config, model, wire)
     model.register_comm_hook(hook, _cross)
     hook.is_idle = True
     settle_buckets(model)
     hook.is_idle = False
-    for bucket in model.reducer._get_zeros_like_grad_buckets():
-        hook.prepare(_Bucket(bucket, names))
+    if wire.keeps_errors:
+        for bucket in model.reducer._get_zeros_like_grad_buckets():
+            hook.prepare(_Bucket(bucket, names))
 
 
 def preferred_bucket_mib(codec: Codec, device: torch.device) -> float | None:
@@ -116,11 +116,13 @@ def preferred_bucket_mib(codec: Codec, device: torch.device) -> float | None:
     return _ENCODED_BUCKET_MIB if encodes and device.type == "cpu" else None
 
 
-def _choose(hook: _Hook, config: CompressionConfig, group: dist.ProcessGroup, wire: Wire) -> None:
+def _choose(hook: _Hook, config: CompressionConfig, model: DistributedDataParallel, wire: Wire) -> None:
+    group = model.process_group
     if config.codec is Codec.none:
         hook.send = _Summing(group, wire).send
         return
     refuse_complex(hook.names)
+    _refuse_sparse(model.module)
     team = Team(group, wire.device)
     if config.codec is Codec.powersgd:
         factors = PowerSGD(team, config, wire, axis="replica")
@@ -130,6 +132,15 @@ def _choose(hook: _Hook, config: CompressionConfig, group: dist.ProcessGroup, wi
     channel = Channel(team, config, wire, axis="replica")
     hook.prepare = lambda bucket: channel.prepare(bucket.index, bucket.layout, gathers=True)
     hook.send = _Averaging(channel).send
+
+
+def _refuse_sparse(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False):
+            raise JobError(
+                f"The gradient of {name or 'the model'} ({type(module).__name__}) is sparse, which no codec can "
+                "encode: use sparse=False, or compression=none."
+            )
 
 
 class _Summing:

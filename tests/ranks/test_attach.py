@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -78,6 +79,30 @@ def refused_complex(rank: int) -> str:
 def test_a_complex_parameter_is_refused_by_name(pools: dict[int, Ranks]) -> None:
     for message in pools[2].run(refused_complex):
         assert message.startswith("The parameter phase is complex")
+
+
+def refused_sparse(rank: int) -> str:
+    with pytest.raises(JobError) as refusal:
+        attach(DistributedDataParallel(nn.Sequential(nn.Embedding(9, 4, sparse=True))), "int8")
+    return str(refusal.value)
+
+
+def test_sparse_gradients_are_refused_by_name(pools: dict[int, Ranks]) -> None:
+    for message in pools[2].run(refused_sparse):
+        assert message.startswith("The gradient of 0 (Embedding) is sparse")
+
+
+def refused_replicated(rank: int) -> str:
+    model = nn.Linear(4, 4)
+    replicate(model, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(ConfigurationError) as refusal:
+        attach(model, "int8")
+    return str(refusal.value)
+
+
+def test_what_fsdp2_replicates_is_refused(pools: dict[int, Ranks]) -> None:
+    for message in pools[2].run(refused_replicated):
+        assert "wrap it in DistributedDataParallel" in message
 
 
 def refused_twice(rank: int) -> str:
