@@ -152,6 +152,24 @@ def test_no_step_makes_a_tensor(pools: dict[int, Ranks], name: str) -> None:
     assert pools[3].run(allocated, name) == [[], [], []]
 
 
+def most_allocated(rank: int, ranks_per_host: int | None) -> int:
+    """Bytes of all tensors that the first reduction of a small tensor makes."""
+    device, flat = torch.device("cpu"), torch.randn(10_000)
+    with reducing.hosts(rank, ranks_per_host):
+        channel = Channel(Team(dist.group.WORLD, device), CONFIGS["int8"], Wire(device), "test")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        channel.run_mean(0, flat, None)
+    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return sum(max(0, event.nbytes()) for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("ranks_per_host", [None, 2])
+def test_buffers_are_no_larger_than_tensors_need(pools: dict[int, Ranks], ranks_per_host: int | None) -> None:
+    """Room for whole messages, for each of many ranks, would be more than the model."""
+    portions = 2 * 4 * (1 << 17)
+    assert max(pools[4].run(most_allocated, ranks_per_host)) < 3 * portions + 6 * 4 * 10_000 * 4
+
+
 def bytes_sent(rank: int, config: CompressionConfig) -> int:
     """In a step on 36864 elements, whole blocks for each of 2, 3 and 4 ranks."""
     ddp = replicated(Given(((96, 384),)))
