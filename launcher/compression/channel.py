@@ -112,6 +112,11 @@ class Channel:
         reducer = self._backend if self._backend is not None and source.is_cuda else self._exchange
         reducer.pipeline.run(reducer.chunks(job))
 
+    def stay(self, key: Hashable, names: frozenset[str]) -> None:
+        """These parameters' last means are nobody's: their errors stay what they were."""
+        if self._keeps_errors:
+            self._memories[key].whole.stay(names)
+
     def _memory(self, key: Hashable, layout: Layout | None, gathers: bool) -> Memory | None:
         if layout is None or not self._keeps_errors:
             return None

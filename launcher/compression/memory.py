@@ -36,6 +36,12 @@ class Memory:
         """One or two."""
         return [self.scattered] if self.gathered is None else [self.scattered, self.gathered]
 
+    def stay(self, names: frozenset[str]) -> None:
+        """Whatever the step has written for these parameters: the errors that were kept stay."""
+        for name, places in self.places().items():
+            for place in places if name in names else ():
+                place.feedback.stay(place.offset, place.end - place.start)
+
     def places(self) -> dict[str, list[_Place]]:
         """Where the elements of each parameter are, in their order."""
         found: dict[str, list[_Place]] = {}

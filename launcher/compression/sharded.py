@@ -62,10 +62,14 @@ def attach_sharded(model: nn.Module, config: CompressionConfig, wire: Wire, prob
 class _Way(Protocol):
     """Replaces a shard by the mean over the replicas."""
 
-    def prepare(self, unit: _Unit) -> None:
+    def prepare(self, key: int, layout: Layout) -> None:
         """Make the memory of the errors now, so that a checkpoint finds its place."""
 
-    def __call__(self, unit: _Unit, flat: Tensor) -> None: ...
+    def run(self, key: int, flat: Tensor, parts: list[Tensor], layout: Layout) -> None:
+        """``flat``, also as ``parts`` in the shape of the parameters' shards."""
+
+    def stay(self, key: int, names: frozenset[str]) -> None:
+        """These parameters' means are nobody's: their errors stay what they were."""
 
 
 class _Routes:
@@ -98,7 +102,7 @@ class _Routes:
         if group not in self._replica:
             team = Team(group, self.wire.device)
             if self.config.codec is Codec.powersgd:
-                self._replica[group] = _LowRankWay(PowerSGD(team, self.config, self.wire, "replica"))
+                self._replica[group] = PowerSGD(team, self.config, self.wire, "replica")
             else:
                 self._replica[group] = _ChannelWay(Channel(team, self.config, self.wire, "replica"))
         return self._replica[group]
@@ -108,39 +112,14 @@ class _ChannelWay:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
 
-    def prepare(self, unit: _Unit) -> None:
-        self._channel.prepare(unit.key, unit.layouts(unit.trainable).shard, gathers=True)
+    def prepare(self, key: int, layout: Layout) -> None:
+        self._channel.prepare(key, layout, gathers=True)
 
-    def __call__(self, unit: _Unit, flat: Tensor) -> None:
-        layout = unit.layouts(unit.present).shard
-        self._channel.run_mean(unit.key, flat, layout if layout.numel == flat.numel() else None)
+    def run(self, key: int, flat: Tensor, parts: list[Tensor], layout: Layout) -> None:
+        self._channel.run_mean(key, flat, layout)
 
-
-class _LowRankWay:
-    """Parameters without a gradient are zeros here, as in DDP's buckets: factors and errors are those of all."""
-
-    def __init__(self, factors: PowerSGD) -> None:
-        self._factors = factors
-        self._buffers: dict[int, Tensor] = {}
-
-    def prepare(self, unit: _Unit) -> None:
-        self._factors.prepare(unit.key, unit.layouts(unit.trainable).shard)
-
-    def __call__(self, unit: _Unit, flat: Tensor) -> None:
-        layout = unit.layouts(unit.trainable).shard
-        if unit.present == unit.trainable:
-            self._factors.run(unit.key, flat, list(_shards_in(flat, unit.trainable).values()), layout)
-            return
-        whole = self._buffers.get(unit.key, flat.new_empty(0))
-        if whole.numel() != layout.numel:
-            whole = self._buffers[unit.key] = flat.new_empty(layout.numel)
-        whole.zero_()
-        here, parts = _shards_in(flat, unit.present), _shards_in(whole, unit.trainable)
-        for parameter, part in here.items():
-            parts[parameter].copy_(part)
-        self._factors.run(unit.key, whole, list(parts.values()), layout)
-        for parameter, part in here.items():
-            part.copy_(parts[parameter])
+    def stay(self, key: int, names: frozenset[str]) -> None:
+        self._channel.stay(key, names)
 
 
 def _shards_in(flat: Tensor, parameters: tuple[Any, ...]) -> dict[Any, Tensor]:
@@ -182,14 +161,15 @@ class _Unit:
         self.has_shards_of_one = self._num_shards == 1
         """Then FSDP2 has no reduce-scatter to call."""
         self.bytes_sent = 0
-        self.present: tuple[Any, ...] = ()
+        self._present: tuple[Any, ...] = ()
         """Parameters that have a gradient."""
+        self._whole = torch.empty(0)
         self._layouts: dict[tuple[Any, ...], _Layouts] = {}
         self._wire.counters.append(self)
         if self.trainable and self._channel is not None:
             self._channel.prepare(self.key, self.layouts(self.trainable).whole, gathers=False)
         if self.trainable and self._replica is not None:
-            self._replica.prepare(self)
+            self._replica.prepare(self.key, self.layouts(self.trainable).shard)
         tell_present(group, self._find)
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -213,7 +193,7 @@ class _Unit:
         source, target = input_tensor, output_tensor
         if source.dtype is not torch.float32:
             source, target = source.float(), torch.empty_like(target, dtype=torch.float32)
-        layout = self.layouts(self.present).whole
+        layout = self.layouts(self._present).whole
         self._channel.run_shard_mean(self.key, source, target, layout if layout.numel == source.numel() else None)
         if op == dist.ReduceOp.SUM:
             target.mul_(self._num_shards)
@@ -232,9 +212,27 @@ class _Unit:
         assert self._replica is not None
         self._wire.crossing((self.key, "replica"))
         values = shard if shard.dtype is torch.float32 else shard.float()
-        self._replica(self, values)
+        if self._present == self.trainable:
+            parts = list(_shards_in(values, self._present).values())
+            self._replica.run(self.key, values, parts, self.layouts(self._present).shard)
+        else:
+            self._reduce_with_zeros(self._replica, values)
         if values is not shard:
             shard.copy_(values)
+
+    def _reduce_with_zeros(self, way: _Way, values: Tensor) -> None:
+        """Parameters without a gradient go along as zeros: who owns which part is the same in every step."""
+        layout = self.layouts(self.trainable).shard
+        if self._whole.numel() != layout.numel:
+            self._whole = values.new_empty(layout.numel)
+        self._whole.zero_()
+        here, parts = _shards_in(values, self._present), _shards_in(self._whole, self.trainable)
+        for parameter, part in here.items():
+            parts[parameter].copy_(part)
+        way.run(self.key, self._whole, list(parts.values()), layout)
+        for parameter, part in here.items():
+            part.copy_(parts[parameter])
+        way.stay(self.key, layout.names - self.layouts(self._present).shard.names)
 
     @property
     def trainable(self) -> tuple[Any, ...]:
@@ -242,7 +240,7 @@ class _Unit:
         return tuple(each for each in self._parameters if each.sharded_param.requires_grad)
 
     def _find(self, present: tuple[Any, ...]) -> None:
-        self.present = present
+        self._present = present
 
     def layouts(self, parameters: tuple[Any, ...]) -> _Layouts:
         """Of a flat tensor with these parameters."""

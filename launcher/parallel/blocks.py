@@ -60,6 +60,12 @@ def refuse_unshardable(model: nn.Module, units: Sequence[nn.Module], job_name: s
             f"{job_name}: the parameter(s) {', '.join(scalars)} have no dimension and cannot be sharded: "
             "give them the shape (1,), or use parallel=ddp."
         )
+    empty = [name for name, parameter in model.named_parameters() if not parameter.numel() and parameter.requires_grad]
+    if empty:
+        raise JobError(
+            f"{job_name}: the parameter(s) {', '.join(empty)} have no elements, and FSDP2 cannot reduce what they get: "
+            "freeze them (requires_grad_(False)), leave them out, or use parallel=ddp."
+        )
     names = {parameter: name for name, parameter in model.named_parameters()}
     owner: dict[nn.Parameter, int] = {}
     for unit, whole in enumerate([*units, model]):

@@ -61,3 +61,12 @@ def test_parameters_of_two_types_in_one_unit_are_refused_by_name() -> None:
     refuse_unshardable(found, [found[0], found[1]], "Job")
     with pytest.raises(JobError, match=r"1\..* of bfloat16 and .* of float32|.* of float32 and 1\..* of bfloat16"):
         refuse_unshardable(found, [found[0]], "Job")
+
+
+def test_an_empty_parameter_is_refused_by_name_unless_it_is_frozen() -> None:
+    found = model()
+    found.register_parameter("none", nn.Parameter(torch.ones(0, 5)))
+    with pytest.raises(JobError, match="none have no elements"):
+        refuse_unshardable(found, [], "Job")
+    found.none.requires_grad_(False)
+    refuse_unshardable(found, [], "Job")
