@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from launcher.compression.fsdp import has_replicas, has_shards
 from launcher.compression.replicated import attach_replicated
 from launcher.compression.sharded import attach_sharded
 from launcher.compression.wire import Wire
@@ -60,8 +61,15 @@ def attach(model: nn.Module, codec: str, *, scaler: Any = None, **options: Any) 
             f"{type(model).__name__} is neither wrapped in DistributedDataParallel nor passed through fully_shard: "
             "do that first, then attach the codec."
         )
-    parameter = next(each for each in model.parameters() if isinstance(each, DTensor))
-    _check(config, Strategy.hsdp if parameter.device_mesh.ndim == 2 else Strategy.fsdp)
+    if not has_shards(model):
+        raise ConfigurationError(
+            f"{type(model).__name__} is replicated by FSDP2's replicate(): wrap it in DistributedDataParallel instead, "
+            "or use fully_shard on a mesh of (replicas, 1)."
+        )
+    parameter = next((each for each in model.parameters() if isinstance(each, DTensor)), None)
+    if parameter is None:
+        raise ConfigurationError(f"{type(model).__name__} has no parameter in shards: there is nothing to reduce.")
+    _check(config, Strategy.hsdp if has_replicas(model) else Strategy.fsdp)
     wire = Wire(parameter.device, scaler)
     attach_sharded(model, config, wire)
     _attached.update(sharded)

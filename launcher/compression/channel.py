@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from launcher.compression.exchange import Exchange, Sizes
 from launcher.compression.feedback import Feedback
 from launcher.compression.layout import Layout, Slice
 from launcher.compression.links import Team
+from launcher.compression.memory import Memories, Memory
 from launcher.compression.pipeline import Chunk, Pipeline
 from launcher.compression.reduction import Reduction
 from launcher.compression.wire import Residue, Wire
@@ -27,15 +28,6 @@ _SIZES = {
     "cuda": Sizes(message_bytes=1 << 23, portion=1 << 23, num_slots=2),
 }
 """On GPUs a launch must be worth its while, and there is no cache to stay in."""
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """The errors of one flat tensor."""
-
-    layout: Layout
-    scattered: Feedback
-    gathered: Feedback | None
 
 
 class Channel:
@@ -56,7 +48,7 @@ class Channel:
         self._weight = weight
         self._keeps_errors = config.error_feedback
         wire.keeps_errors |= config.error_feedback
-        self._memories: dict[Hashable, _Memory] = {}
+        self._memories: dict[Hashable, Memories] = {}
         sizes = _SIZES[team.device.type]
         codec = _codec(config)
         self._exchange = Exchange(team, codec, sizes)
@@ -71,14 +63,23 @@ class Channel:
         return (self._backend or self._exchange).pipeline
 
     def prepare(self, key: Hashable, layout: Layout, gathers: bool) -> None:
-        """Get ready for a flat tensor before it first crosses, or for one whose layout has changed."""
-        known = self._memories.get(key)
-        if not self._keeps_errors or (known is not None and known.layout == layout):
+        """Get ready for a flat tensor before it first crosses, or for one that has parameters it never had."""
+        former = self._memories.get(key)
+        if not self._keeps_errors or (former is not None and former.covers(layout)):
             return
-        if known is not None:
-            gone = {id(known.scattered), id(known.gathered)}
-            self.wire.residues = [each for each in self.wire.residues if id(each.feedback) not in gone]
-        self._memories[key] = self._remember(layout, gathers)
+        build = partial(self._build, gathers=gathers)
+        memories = self._memories[key] = Memories(build(layout), build)
+        if former is not None:
+            memories.inherit(former)
+            self.wire.forget(former.whole.feedbacks + former.passing, former.gather)
+        self.wire.before_state.append(memories.gather)
+        # Errors that are shared out anew go to whoever encodes the mean last.
+        is_last = not gathers and self._weight == 1.0
+        share = 1.0 / (self.team.grid.num_hosts - 1) if is_last else 0.0
+        whole = memories.whole
+        self.wire.residues.append(Residue(f"{self._axis}.scattered", whole.scattered, whole.sent, self._weight, share))
+        if whole.gathered is not None:
+            self.wire.residues.append(Residue(f"{self._axis}.gathered", whole.gathered, whole.owned, self._weight, 1.0))
 
     def mean(self, key: Hashable, flat: Tensor, layout: Layout | None) -> Iterator[Chunk]:
         """The chunks that replace ``flat``, FP32 (n,), by the team's mean.
@@ -111,20 +112,27 @@ class Channel:
         reducer = self._backend if self._backend is not None and source.is_cuda else self._exchange
         reducer.pipeline.run(reducer.chunks(job))
 
-    def _memory(self, key: Hashable, layout: Layout | None, gathers: bool) -> _Memory | None:
+    def stay(self, key: Hashable, names: frozenset[str]) -> None:
+        """These parameters' last means are nobody's: their errors stay what they were."""
+        if self._keeps_errors:
+            self._memories[key].whole.stay(names)
+
+    def _memory(self, key: Hashable, layout: Layout | None, gathers: bool) -> Memory | None:
         if layout is None or not self._keeps_errors:
             return None
         self.prepare(key, layout, gathers)
-        return self._memories[key]
+        memories = self._memories[key]
+        known = len(memories.passing)
+        memory = memories.take(layout)
+        self.wire.passing += memories.passing[known:]
+        return memory
 
-    def _reduction(
-        self, memory: _Memory | None, source: Tensor, target: Tensor, shard: int, gathers: bool
-    ) -> Reduction:
+    def _reduction(self, memory: Memory | None, source: Tensor, target: Tensor, shard: int, gathers: bool) -> Reduction:
         scattered, gathered = (memory.scattered, memory.gathered) if memory is not None else (None, None)
         return Reduction(source, target, shard, gathers, self.wire.terms, scattered, gathered)
 
-    def _remember(self, layout: Layout, gathers: bool) -> _Memory:
-        """Make the memory of a flat tensor, and let the wire know whose errors it holds."""
+    def _build(self, layout: Layout, gathers: bool) -> Memory:
+        """A memory without errors."""
         grid, device = self.team.grid, self.team.device
         shard = self._exchange.shard_size(layout.numel) if gathers else layout.numel // self.team.size
         scattered = Feedback(grid.num_hosts * shard, device)
@@ -134,16 +142,10 @@ class Channel:
             if host != grid.host:
                 parts = layout.within(owner * shard, shard)
                 sent += [Slice(host * shard + part.offset, part.name, part.start, part.length) for part in parts]
-        # Errors that are shared out anew go to whoever encodes the mean last.
-        is_last = not gathers and self._weight == 1.0
-        share = 1.0 / (grid.num_hosts - 1) if is_last else 0.0
-        self.wire.residues.append(Residue(f"{self._axis}.scattered", scattered, tuple(sent), self._weight, share))
         if not gathers:
-            return _Memory(layout, scattered, None)
-        gathered = Feedback(shard, device)
+            return Memory(layout, scattered, tuple(sent))
         owned = tuple(layout.within(self.team.rank * shard, shard))
-        self.wire.residues.append(Residue(f"{self._axis}.gathered", gathered, owned, self._weight, 1.0))
-        return _Memory(layout, scattered, gathered)
+        return Memory(layout, scattered, tuple(sent), Feedback(shard, device), owned)
 
 
 def _codec(config: CompressionConfig) -> Half | BlockInt8:

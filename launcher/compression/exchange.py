@@ -66,12 +66,13 @@ class Exchange:
         self._portion = self._padded(sizes.portion)
         self._piece = max(sizes.message_bytes // codec.encoded_bytes(block), 1) * block
         self._num_slots = sizes.num_slots
+        self._widest = 0
         self._numbers = count()
 
     @cached_property
     def pipeline(self) -> Pipeline[Buffers]:
-        """The chunks' way; its buffers are made when they are first needed."""
-        slots = (Buffers(self._piece, self.codec, self.team) for _ in range(self._num_slots))
+        """The chunks' way; its buffers are made when they are first needed, and as large as any tensor has needed."""
+        slots = (Buffers(self.codec, self.team) for _ in range(self._num_slots))
         return Pipeline(slots, waits_aside=self.team.device.type != "cuda")
 
     @cached_property
@@ -86,11 +87,13 @@ class Exchange:
         """The chunks of a reduction, to be started in this order."""
         share = max(-(-reduction.shard // _LEAST_CHUNKS), min(self._portion, self._piece))
         piece = min(self._piece, self._padded(share))
+        self._widest = max(self._widest, min(piece, self._padded(reduction.shard)))
         for first in range(0, reduction.shard, piece):
             last = min(first + piece, reduction.shard)
             yield partial(self._start, reduction, first, last, next(self._numbers))
 
     def _start(self, reduction: Reduction, first: int, last: int, number: int, slot: Buffers) -> Course:
+        slot.fit(self._widest)
         return self._course(Span(reduction, first, last, number, slot))
 
     def _padded(self, numel: int) -> int:

@@ -44,6 +44,10 @@ class Feedback:
         self._written = True
         terms.look(room)  # now, while it is in the cache: another reading of all errors would delay the next step
 
+    def stay(self, offset: int, length: int) -> None:
+        """What this step has written there is not sent to anybody: what was kept stays."""
+        self.room(offset, length).copy_(self.kept[offset : offset + length])
+
     def settle(self, found_inf: Tensor) -> None:
         """The step has ended: applied (0), its errors are kept; skipped (1), they are forgotten."""
         if not self._written:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ class Layout:
 
     slices: tuple[Slice, ...]
     numel: int
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Of the parameters."""
+        return frozenset(part.name for part in self.slices)
 
     @classmethod
     def of_bucket(cls, parameters: Sequence[tuple[str, int]]) -> Layout:

@@ -79,6 +79,8 @@ class PowerSGD:
         self._layouts: dict[int, Layout] = {}
         self._errors: dict[int, Feedback] = {}
         self._factors: dict[int, Feedback] = {}
+        self._inputs: dict[int, Tensor] = {}
+        """Of a step that measures, where torch keeps no errors."""
         self._numel_sent: dict[int, int] = {}
         self._unscaled = StepTerms(team.device)
         self._has_crossed = False
@@ -97,8 +99,7 @@ class PowerSGD:
         self._state.q_memory_dict.pop(index, None)
         if not self._state.use_error_feedback:
             return
-        stale = self._errors.get(index)
-        self._wire.residues = [each for each in self._wire.residues if each.feedback is not stale]
+        self._wire.forget([self._errors[index]] if index in self._errors else [])
         self._errors[index] = Feedback(layout.numel, self._team.device)
         part = 1.0 / self._team.size
         residue = Residue(f"{self._axis}.low_rank", self._errors[index], layout.slices, weight=part, share=part)
@@ -133,6 +134,12 @@ class PowerSGD:
         """``submit``, here and now."""
         self._finish(index, self._begin(index, flat, gradients, layout)().wait())
 
+    def stay(self, index: int, names: frozenset[str]) -> None:
+        """These parameters' last means are nobody's: their errors stay what they were."""
+        for part in self._layouts[index].slices:
+            if part.name in names and index in self._errors:
+                self._errors[index].stay(part.offset, part.length)
+
     def _begin(self, index: int, flat: Tensor, gradients: Sequence[Tensor], layout: Layout) -> Callable[[], Any]:
         """Lay out what torch's hook will find; returns what calls it."""
         self.prepare(index, layout)
@@ -146,6 +153,8 @@ class PowerSGD:
                 state.q_memory_dict[index] = self._factors[index].kept.clone()
                 if index not in state.p_memory_dict:
                     state.p_memory_dict[index] = self._left_factors(gradients)
+            if self._wire.terms.measures and not state.use_error_feedback:
+                self._inputs[index] = flat.clone()
             before = state.total_numel_after_compression
             future = powerSGD_hook(state, _Bucket(index, flat, gradients))  # by duck typing
             self._numel_sent[index] = state.total_numel_after_compression - before
@@ -183,6 +192,9 @@ class PowerSGD:
                 if terms.measures:
                     terms.measure(mean + lost, lost)
                 self._errors[index].keep(lost, 0, terms)
+            elif index in self._inputs:
+                terms.measure(self._inputs[index], self._inputs[index] - mean)
+        self._inputs.pop(index, None)
         self._wire.crossed(mean)
         return mean
 
@@ -211,6 +223,10 @@ class PowerSGD:
             if saved is not None:
                 self._factors[index] = Feedback(saved.numel(), self._team.device)
                 self._factors[index].kept.copy_(saved)
+
+    def names(self) -> set[str]:
+        """Of the number of steps, and of the factors of all tensors."""
+        return {f"{self._axis}.steps", *(self._name(index) for index in self._layouts)}
 
     def _name(self, index: int) -> str:
         """Of the factors of a tensor with this layout."""

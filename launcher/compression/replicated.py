@@ -22,6 +22,7 @@ from launcher.compression.powersgd import PowerSGD
 from launcher.compression.probe import OverflowProbe
 from launcher.compression.wire import Wire
 from launcher.config.schema import Codec, CompressionConfig
+from launcher.errors import ConfigurationError, JobError
 
 __all__ = ["attach_replicated", "preferred_bucket_mib", "settle_buckets"]
 
@@ -50,15 +51,14 @@ class _Hook:
         self.prepare: Callable[[_Bucket], None] = lambda bucket: None
         """Called once for each of DDP's final buckets, before anything crosses."""
         self.send: _Way = _arrived
-        self.instead: Callable[[_Bucket], None] | None = None
-        """What is done with a bucket that has nothing in it."""
+        self.is_idle = False
+        """Whether buckets have nothing in them, and go nowhere."""
 
 
 def _cross(hook: _Hook, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     crossing = _Bucket(bucket, hook.names)
     future: torch.futures.Future[Tensor]
-    if hook.instead is not None:
-        hook.instead(crossing)
+    if hook.is_idle:
         future = _arrived(crossing)
         return future
     if hook.probe is not None:
@@ -90,16 +90,21 @@ def attach_replicated(
     """
     names = {parameter: name for name, parameter in model.module.named_parameters()}
     hook = _Hook(names, wire, probe)
-    group = model.process_group
-    wire.group = group
-    if group.size() > 1:
-        _choose(hook, config, group, wire)
+    if model._comm_hooks:
+        raise ConfigurationError(
+            "This DistributedDataParallel has a communication hook already, and can have one: leave out "
+            "register_comm_hook, or the codec."
+        )
+    wire.group = model.process_group
+    if model.process_group.size() > 1:
+        _choose(hook, config, model, wire)
     model.register_comm_hook(hook, _cross)
-    hook.instead = lambda bucket: None
-    if settle_buckets(model):
-        hook.instead = hook.prepare
-        _pass_zeros(model)
-    hook.instead = None
+    hook.is_idle = True
+    settle_buckets(model)
+    hook.is_idle = False
+    if wire.keeps_errors:
+        for bucket in model.reducer._get_zeros_like_grad_buckets():
+            hook.prepare(_Bucket(bucket, names))
 
 
 def preferred_bucket_mib(codec: Codec, device: torch.device) -> float | None:
@@ -111,20 +116,31 @@ def preferred_bucket_mib(codec: Codec, device: torch.device) -> float | None:
     return _ENCODED_BUCKET_MIB if encodes and device.type == "cpu" else None
 
 
-def _choose(hook: _Hook, config: CompressionConfig, group: dist.ProcessGroup, wire: Wire) -> None:
+def _choose(hook: _Hook, config: CompressionConfig, model: DistributedDataParallel, wire: Wire) -> None:
+    group = model.process_group
     if config.codec is Codec.none:
         hook.send = _Summing(group, wire).send
         return
     refuse_complex(hook.names)
+    _refuse_sparse(model.module)
     team = Team(group, wire.device)
     if config.codec is Codec.powersgd:
         factors = PowerSGD(team, config, wire, axis="replica")
         hook.prepare = lambda bucket: factors.prepare(bucket.index, bucket.layout)
-        hook.send = lambda bucket: factors.submit(bucket.index, bucket.flat, bucket.gradients, bucket.layout)
+        hook.send = _Approximating(factors).send
         return
     channel = Channel(team, config, wire, axis="replica")
     hook.prepare = lambda bucket: channel.prepare(bucket.index, bucket.layout, gathers=True)
     hook.send = _Averaging(channel).send
+
+
+def _refuse_sparse(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False):
+            raise JobError(
+                f"The gradient of {name or 'the model'} ({type(module).__name__}) is sparse, which no codec can "
+                "encode: use sparse=False, or compression=none."
+            )
 
 
 class _Summing:
@@ -142,25 +158,54 @@ class _Summing:
         return work.get_future().then(lambda future: future.value()[0])
 
 
+class _Copies:
+    """FP32 copies of buckets of another type, the same ones in every step."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}
+
+    def of(self, bucket: _Bucket) -> Tensor:
+        """A bucket's values in FP32: its own, or a copy."""
+        flat: Tensor = bucket.flat
+        if flat.dtype is torch.float32:
+            return flat
+        kept = self._kept.get(bucket.index)
+        if kept is None or kept.numel() != flat.numel():
+            kept = self._kept[bucket.index] = torch.empty_like(flat, dtype=torch.float32)
+        kept.copy_(flat)
+        return kept
+
+
+class _Approximating:
+    """PowerSGD's mean; torch's hook multiplies in FP32 alone."""
+
+    def __init__(self, factors: PowerSGD) -> None:
+        self._factors = factors
+        self._copies = _Copies()
+
+    def send(self, bucket: _Bucket) -> Any:
+        flat, values = bucket.flat, self._copies.of(bucket)
+        if values is flat:
+            return self._factors.submit(bucket.index, flat, bucket.gradients, bucket.layout)
+        sizes = [each.numel() for each in bucket.gradients]
+        parts = [part.view_as(each) for part, each in zip(torch.split(values, sizes), bucket.gradients, strict=True)]
+        future = self._factors.submit(bucket.index, values, parts, bucket.layout)
+        return future.then(lambda mean: flat.copy_(mean.value()))
+
+
 class _Averaging:
     """A codec's mean, while backward goes on."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._courier: Courier = build_courier(lambda: channel.pipeline, channel.team.device)
-        self._copies: dict[int, Tensor] = {}
+        self._copies = _Copies()
 
     def send(self, bucket: _Bucket) -> Any:
         flat = bucket.flat
         if not flat.numel():  # of empty parameters alone
             return _arrived(bucket)
-        if flat.dtype is torch.float32:
-            values = flat
-        else:
-            values = self._copies.get(bucket.index, flat.new_empty(0, dtype=torch.float32))
-            if values.numel() != flat.numel():
-                values = torch.empty_like(flat, dtype=torch.float32)
-            self._copies[bucket.index] = values.copy_(flat)
+        values = self._copies.of(bucket)
 
         def finish() -> None:
             if values is not flat:
@@ -178,6 +223,8 @@ def settle_buckets(model: DistributedDataParallel) -> bool:
     first, is that first pass. Does nothing where it would be noticed: gradients that are there already, hooks on
     them, sparse gradients.
     """
+    if model.reducer._rebuild_buckets():  # after the one backward pass that there has been
+        return True
     if not _trained(model) or _would_be_noticed(model):
         return False
     _pass_zeros(model)

@@ -1,24 +1,28 @@
 """Into FSDP2: a reduce-scatter of ours for each module, and for hsdp a mean over the replicas.
 
 FSDP2 waits for a reduce-scatter before it goes on (on CUDA: a stream of its own does), so chunks run here and now.
-
-Private calls into torch: the module's parameter groups (their order, names and shapes, for the errors that are kept),
-and their ``mesh_info``, which is set to that of one replica where the replicas are ours to average:
-``tests/ranks/test_compression_fsdp.py`` notices a change.
 """
 
 from __future__ import annotations
 
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo, FSDPMeshInfo
+from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo
 
 from launcher.compression.channel import Channel
+from launcher.compression.fsdp import (
+    full_name,
+    leave_replicas_alone,
+    parameter_groups,
+    rows_of,
+    tell_present,
+    training_group,
+)
 from launcher.compression.layout import Layout, refuse_complex
 from launcher.compression.links import Team, reduce_scatter
 from launcher.compression.powersgd import PowerSGD
@@ -39,46 +43,33 @@ def attach_sharded(model: nn.Module, config: CompressionConfig, wire: Wire, prob
         probe: looks at what goes into the reduce-scatters.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
+    wire.group = training_group(model)
     if config.codec is not Codec.none:
         refuse_complex(names)
     routes = _Routes(config, wire)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            for group in _parameter_groups(module):
+            for group in parameter_groups(module):
                 unit = _Unit(group, names, routes, probe)
                 module.set_custom_reduce_scatter(unit)  # type: ignore[arg-type]  # by duck typing
                 if unit.takes_replicas:
-                    _leave_replicas_alone(group)
+                    leave_replicas_alone(group)
                     module.set_all_reduce_hook(unit.reduce_replicas)
                 elif unit.has_shards_of_one:
                     module.set_all_reduce_hook(unit.count_replicas)
 
 
-def _parameter_groups(module: FSDPModule) -> list[Any]:
-    """What FSDP2 reduces together; one for each module, unless parameters have meshes of their own."""
-    state: Any = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # before torch 2.12
-        groups = [state._fsdp_param_group]
-    return [group for group in groups if group is not None]
-
-
-def _leave_replicas_alone(group: Any) -> None:
-    """Let FSDP2 reduce over the shards only, as if there were no other replica."""
-    info = group.mesh_info
-    if group.post_forward_mesh_info is not None and group.post_forward_mesh_info != info:
-        raise ValueError(
-            "fully_shard(reshard_after_forward=<a number>) cannot go with compressed replicas: use True or False."
-        )
-    group.mesh_info = FSDPMeshInfo(mesh=info.mesh, shard_mesh_dim=info.shard_mesh_dim)
-    if group.post_forward_mesh_info is not None:
-        group.post_forward_mesh_info = group.mesh_info
-
-
 class _Way(Protocol):
     """Replaces a shard by the mean over the replicas."""
 
-    def __call__(self, key: int, flat: Tensor, layout: Layout | None, shapes: list[torch.Size]) -> None: ...
+    def prepare(self, key: int, layout: Layout) -> None:
+        """Make the memory of the errors now, so that a checkpoint finds its place."""
+
+    def run(self, key: int, flat: Tensor, parts: list[Tensor], layout: Layout) -> None:
+        """``flat``, also as ``parts`` in the shape of the parameters' shards."""
+
+    def stay(self, key: int, names: frozenset[str]) -> None:
+        """These parameters' means are nobody's: their errors stay what they were."""
 
 
 class _Routes:
@@ -111,7 +102,7 @@ class _Routes:
         if group not in self._replica:
             team = Team(group, self.wire.device)
             if self.config.codec is Codec.powersgd:
-                self._replica[group] = _LowRankWay(PowerSGD(team, self.config, self.wire, "replica"))
+                self._replica[group] = PowerSGD(team, self.config, self.wire, "replica")
             else:
                 self._replica[group] = _ChannelWay(Channel(team, self.config, self.wire, "replica"))
         return self._replica[group]
@@ -119,30 +110,39 @@ class _Routes:
 
 class _ChannelWay:
     def __init__(self, channel: Channel) -> None:
-        self.channel = channel
+        self._channel = channel
 
-    def __call__(self, key: int, flat: Tensor, layout: Layout | None, shapes: list[torch.Size]) -> None:
-        self.channel.run_mean(key, flat, layout)
+    def prepare(self, key: int, layout: Layout) -> None:
+        self._channel.prepare(key, layout, gathers=True)
+
+    def run(self, key: int, flat: Tensor, parts: list[Tensor], layout: Layout) -> None:
+        self._channel.run_mean(key, flat, layout)
+
+    def stay(self, key: int, names: frozenset[str]) -> None:
+        self._channel.stay(key, names)
 
 
-class _LowRankWay:
-    def __init__(self, factors: PowerSGD) -> None:
-        self.factors = factors
+def _shards_in(flat: Tensor, parameters: tuple[Any, ...]) -> dict[Any, Tensor]:
+    """Views of this rank's padded shard of each parameter, empty ones included."""
+    sizes = [each.padded_sharded_param_size for each in parameters]
+    parts = torch.split(flat, [size.numel() for size in sizes])
+    return {each: part.view(size) for each, part, size in zip(parameters, parts, sizes, strict=True)}
 
-    def __call__(self, key: int, flat: Tensor, layout: Layout | None, shapes: list[torch.Size]) -> None:
-        parts, offset = [], 0
-        for shape in shapes:
-            parts.append(flat[offset : offset + shape.numel()].view(shape))
-            offset += shape.numel()
-        # What is not known is a vector, which is summed as it is.
-        self.factors.run(key, flat, parts or [flat], layout or Layout((), flat.numel()))
+
+class _Layouts(NamedTuple):
+    """Of the same parameters."""
+
+    whole: Layout
+    """Of all shards."""
+    shard: Layout
+    """Of this rank's."""
 
 
 class _Unit:
     """The parameters of one FSDP2 module, whose gradients cross the wire in one flat tensor.
 
-    Serves as ``torch.distributed.fsdp``'s ReduceScatter. A parameter without a gradient is missing in the tensor. Which
-    were there in the last step is looked up when it ends; what fits neither that nor all of them goes without errors.
+    Serves as ``torch.distributed.fsdp``'s ReduceScatter. A parameter without a gradient is missing in the tensor, and
+    the call does not say which is there: that is looked up where FSDP2 is about to collect them.
     """
 
     def __init__(self, group: Any, names: dict[Any, str], routes: _Routes, probe: OverflowProbe | None) -> None:
@@ -151,7 +151,7 @@ class _Unit:
         self._names = names
         self._probe = probe
         self._wire = routes.wire
-        self._key = next(routes.numbers)
+        self.key = next(routes.numbers)
         self._num_shards: int = info.shard_mesh_size
         self._shard_rank: int = info.shard_mesh_rank
         self._channel = routes.shard_channel(info)
@@ -161,11 +161,16 @@ class _Unit:
         self.has_shards_of_one = self._num_shards == 1
         """Then FSDP2 has no reduce-scatter to call."""
         self.bytes_sent = 0
-        self._seen: tuple[Any, ...] = tuple(each for each in self._parameters if each.sharded_param.requires_grad)
-        self._layouts: dict[tuple[Any, ...], Layout] = {}
+        self._present: tuple[Any, ...] = ()
+        """Parameters that have a gradient."""
+        self._whole = torch.empty(0)
+        self._layouts: dict[tuple[Any, ...], _Layouts] = {}
         self._wire.counters.append(self)
-        self._wire.on_conclude.append(self._remember)
-        self._prepare()
+        if self.trainable and self._channel is not None:
+            self._channel.prepare(self.key, self.layouts(self.trainable).whole, gathers=False)
+        if self.trainable and self._replica is not None:
+            self._replica.prepare(self.key, self.layouts(self.trainable).shard)
+        tell_present(group, self._find)
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """FSDP2's own buffers."""
@@ -184,11 +189,12 @@ class _Unit:
             raise ValueError(
                 "A gradient divide factor (set_gradient_divide_factor) cannot go with a codec: it always averages."
             )
-        self._wire.crossing(self._key)
+        self._wire.crossing(self.key)
         source, target = input_tensor, output_tensor
         if source.dtype is not torch.float32:
             source, target = source.float(), torch.empty_like(target, dtype=torch.float32)
-        self._channel.run_shard_mean(self._key, source, target, self._layout(source.numel()))
+        layout = self.layouts(self._present).whole
+        self._channel.run_shard_mean(self.key, source, target, layout if layout.numel == source.numel() else None)
         if op == dist.ReduceOp.SUM:
             target.mul_(self._num_shards)
         if target is not output_tensor:
@@ -204,53 +210,46 @@ class _Unit:
     def reduce_replicas(self, shard: Tensor) -> None:
         """The mean of the shard that each replica holds, in place."""
         assert self._replica is not None
-        self._wire.crossing((self._key, "replica"))
-        whole = self._layout(shard.numel() * self._num_shards)
-        layout = whole.part(self._shard_rank, self._num_shards) if whole is not None else None
+        self._wire.crossing((self.key, "replica"))
         values = shard if shard.dtype is torch.float32 else shard.float()
-        self._replica(self._key, values, layout, self._shapes(layout))
+        if self._present == self.trainable:
+            parts = list(_shards_in(values, self._present).values())
+            self._replica.run(self.key, values, parts, self.layouts(self._present).shard)
+        else:
+            self._reduce_with_zeros(self._replica, values)
         if values is not shard:
             shard.copy_(values)
 
-    def _prepare(self) -> None:
-        """Make the memory of the errors now, so that a checkpoint finds its place."""
-        layout = self._layout_of(self._seen)
-        if not self._seen:
-            return
-        if self._channel is not None:
-            self._channel.prepare(self._key, layout, gathers=False)
-        shard = layout.part(self._shard_rank, self._num_shards)
-        if isinstance(self._replica, _ChannelWay):
-            self._replica.channel.prepare(self._key, shard, gathers=True)
-        elif isinstance(self._replica, _LowRankWay):
-            self._replica.factors.prepare(self._key, shard)
+    def _reduce_with_zeros(self, way: _Way, values: Tensor) -> None:
+        """Parameters without a gradient go along as zeros: who owns which part is the same in every step."""
+        layout = self.layouts(self.trainable).shard
+        if self._whole.numel() != layout.numel:
+            self._whole = values.new_empty(layout.numel)
+        self._whole.zero_()
+        here, parts = _shards_in(values, self._present), _shards_in(self._whole, self.trainable)
+        for parameter, part in here.items():
+            parts[parameter].copy_(part)
+        way.run(self.key, self._whole, list(parts.values()), layout)
+        for parameter, part in here.items():
+            part.copy_(parts[parameter])
+        way.stay(self.key, layout.names - self.layouts(self._present).shard.names)
 
-    def _layout(self, numel: int) -> Layout | None:
-        """Of a flat tensor with this many elements; None if it is not known."""
-        trainable = tuple(each for each in self._parameters if each.sharded_param.requires_grad)
-        for candidate in (self._seen, trainable):
-            layout = self._layout_of(candidate)
-            if layout.numel == numel:
-                return layout
-        return None
+    @property
+    def trainable(self) -> tuple[Any, ...]:
+        """Parameters that may have a gradient."""
+        return tuple(each for each in self._parameters if each.sharded_param.requires_grad)
 
-    def _layout_of(self, parameters: tuple[Any, ...]) -> Layout:
+    def _find(self, present: tuple[Any, ...]) -> None:
+        self._present = present
+
+    def layouts(self, parameters: tuple[Any, ...]) -> _Layouts:
+        """Of a flat tensor with these parameters."""
         if parameters not in self._layouts:
-            shapes = [(self._names.get(each.sharded_param, "?"), each._orig_size) for each in parameters]
-            self._layouts[parameters] = Layout.of_shards(shapes, self._num_shards)
+            count, names = self._num_shards, self._names
+            shapes = [
+                (full_name(each, names.get(each.sharded_param, "?"), count), rows_of(each, count))
+                for each in parameters
+            ]
+            whole = Layout.of_shards(shapes, count)
+            self._layouts[parameters] = _Layouts(whole, whole.part(self._shard_rank, count))
         return self._layouts[parameters]
-
-    def _shapes(self, layout: Layout | None) -> list[torch.Size]:
-        """Of this rank's padded shard of each parameter in a layout, empty ones included."""
-        if layout is None:
-            return []
-        for parameters, known in self._layouts.items():
-            if known.part(self._shard_rank, self._num_shards) == layout:
-                return [each.padded_sharded_param_size for each in parameters]
-        return []
-
-    def _remember(self) -> None:
-        """Which parameters had a gradient in this step."""
-        seen = tuple(each for each in self._parameters if each.sharded_param.grad is not None)
-        if seen:
-            self._seen = seen

@@ -15,11 +15,21 @@ __all__ = ["Buffers", "Span"]
 
 
 class Buffers:
-    """The buffers of one chunk under way, for pieces of up to ``numel`` values."""
+    """The buffers of one chunk under way."""
 
-    def __init__(self, numel: int, codec: Codec, team: Team) -> None:
-        grid, device = team.grid, team.device
-        pieces = grid.num_hosts * codec.encoded_bytes(numel)
+    def __init__(self, codec: Codec, team: Team) -> None:
+        self._codec = codec
+        self._team = team
+        self._numel = -1
+        self.fit(0)
+
+    def fit(self, numel: int) -> None:
+        """Have room for pieces of ``numel`` values, one for each rank: room that no tensor needs would add up."""
+        if numel <= self._numel:
+            return
+        self._numel = numel
+        grid, device = self._team.grid, self._team.device
+        pieces = grid.num_hosts * self._codec.encoded_bytes(numel)
         self.host = torch.empty((grid.ranks_per_host - 1) * grid.num_hosts * numel, device=device)
         self.sent, self.received = torch.empty(2, pieces, dtype=torch.uint8, device=device)
         self.means = torch.empty(grid.ranks_per_host * pieces, dtype=torch.uint8, device=device)

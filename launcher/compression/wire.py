@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,6 +52,9 @@ class Keeper(Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up what belongs to it; the rest is not its own."""
 
+    def names(self) -> set[str]:
+        """Of all that it could take up."""
+
 
 class Wire:
     """What crosses the wire for one model's gradients.
@@ -71,8 +74,10 @@ class Wire:
         self.residues: list[Residue] = []
         self.counters: list[Counter] = []
         self.keepers: list[Keeper] = []
-        self.on_conclude: list[Callable[[], None]] = []
-        """Called at the end of a step, or of a backward pass, while the gradients are still there."""
+        self.passing: list[Feedback] = []
+        """Errors of steps in which parameters are missing; saved as a part of the residues."""
+        self.before_state: list[Callable[[], None]] = []
+        """Called before the residues' errors are read or set: brings them there."""
         self.keeps_errors = False
         """Whether a codec keeps anything from one step for the next."""
         self.group: dist.ProcessGroup | None = None
@@ -94,18 +99,17 @@ class Wire:
 
     def conclude(self, found_inf: Tensor) -> None:
         """The step was applied (``found_inf`` is 0) or skipped (1): an FP32 scalar on the device."""
-        self._settle(found_inf)
-        self._tell()
-
-    def _settle(self, found_inf: Tensor) -> None:
-        for residue in self.residues:
-            residue.feedback.settle(found_inf)
+        for feedback in (*(residue.feedback for residue in self.residues), *self.passing):
+            feedback.settle(found_inf)
         for keeper in self.keepers:
             keeper.settle(found_inf)
 
-    def _tell(self) -> None:
-        for tell in self.on_conclude:
-            tell()
+    def forget(self, feedbacks: Sequence[Feedback], gather: Callable[[], None] | None = None) -> None:
+        """These are nobody's errors any more."""
+        gone = {id(feedback) for feedback in feedbacks}
+        self.residues = [each for each in self.residues if id(each.feedback) not in gone]
+        self.passing = [each for each in self.passing if id(each) not in gone]
+        self.before_state = [each for each in self.before_state if each != gather]
 
     def crossing(self, key: Hashable) -> None:
         """A flat tensor is about to cross; the second time that one does, a new step has begun."""
@@ -116,8 +120,6 @@ class Wire:
             scale = float(self._scaler.get_scale()) if self._scaler is not None else 1.0
             self.terms.begin(torch.full((), scale, device=self.device), measures=False)
             self.terms.looks = self.keeps_errors
-            # By the next crossing the loop will have set the gradients to None.
-            torch.autograd.Variable._execution_engine.queue_callback(self._tell)
         self._crossed.add(key)
 
     def crossed(self, result: Tensor) -> None:
@@ -131,7 +133,7 @@ class Wire:
         So ranks may keep or forget differently; each does what is right for its own.
         """
         self._crossed.clear()
-        self._settle(self.terms.take_non_finite().float())
+        self.conclude(self.terms.take_non_finite().float())
 
     def take_bytes(self) -> int:
         """Bytes that this rank has sent for gradients since the last call."""
@@ -155,6 +157,7 @@ class Wire:
         """
         if not self._is_told and self._crossed:
             self._conclude_by_looks()
+        self._gather()
         state: dict[str, Tensor] = {}
         for residue in self.residues:
             state[f"{_WEIGHT}/{residue.kind}"] = torch.tensor(residue.weight, dtype=torch.float64)
@@ -187,8 +190,10 @@ class Wire:
         initialized = dist.is_initialized()
         world_size, rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if initialized else (1, 0)
         saved = read(rank) if rank < saved_world_size else {}
+        self._gather()
+        kept = saved if world_size == saved_world_size else self._found(saved, read, saved_world_size)
         for keeper in self.keepers:
-            keeper.load_state_dict(saved)
+            keeper.load_state_dict(kept)
         own = self._own_slices()
         mine = {
             key: value for key, value in saved.items() if parse_key(key)[0] in {each.kind for each in self.residues}
@@ -199,6 +204,23 @@ class Wire:
                 value.copy_(mine[key])
         else:
             self._share_out(self._added_up(read, saved_world_size))
+
+    def _gather(self) -> None:
+        for gather in self.before_state:
+            gather()
+
+    def _found(
+        self, own: Mapping[str, Tensor], read: Callable[[int], Mapping[str, Tensor]], saved_world_size: int
+    ) -> dict[str, Tensor]:
+        """What the keepers could take up: this rank's own, or what the first of the others has."""
+        found = dict(own)
+        missing = {name for keeper in self.keepers for name in keeper.names()} - found.keys()
+        for rank in range(saved_world_size):
+            if missing:
+                other = read(rank)
+                found |= {name: other[name] for name in missing & other.keys()}
+                missing -= other.keys()
+        return found
 
     def _own_slices(self) -> dict[str, Tensor]:
         return {

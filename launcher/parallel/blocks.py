@@ -79,3 +79,12 @@ def refuse_unshardable(model: nn.Module, units: Sequence[nn.Module], job_name: s
                     "rest of the model, which are sharded apart: let blocks() leave those blocks out, set "
                     "parallel.wrap=model, or use parallel=ddp."
                 )
+    for unit in range(len(units) + 1):
+        examples = {each.dtype: names[each] for each, where in owner.items() if where == unit and each.requires_grad}
+        if len(examples) > 1:
+            found = " and ".join(f"{name} of {str(dtype).removeprefix('torch.')}" for dtype, name in examples.items())
+            raise JobError(
+                f"{job_name}: {found} would be sharded together, which FSDP2 does with one type only: have blocks() "
+                "name the parts of another type, build all in FP32 (precision=bf16 computes in BF16), or use "
+                "parallel=ddp."
+            )

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +21,7 @@ from launcher.compression import attach
 from launcher.compression.links import Team
 from launcher.errors import ConfigurationError, JobError
 from tests.ranks.processes import COLLECTIVE_SECONDS, Ranks
-from tests.ranks.reducing import Given, backward, drawn, gradients, replicated
+from tests.ranks.reducing import Given, backward, drawn, exact_mean, gradients, replicated
 
 SHAPES = ((40, 12), (17,))
 
@@ -79,6 +81,30 @@ def test_a_complex_parameter_is_refused_by_name(pools: dict[int, Ranks]) -> None
         assert message.startswith("The parameter phase is complex")
 
 
+def refused_sparse(rank: int) -> str:
+    with pytest.raises(JobError) as refusal:
+        attach(DistributedDataParallel(nn.Sequential(nn.Embedding(9, 4, sparse=True))), "int8")
+    return str(refusal.value)
+
+
+def test_sparse_gradients_are_refused_by_name(pools: dict[int, Ranks]) -> None:
+    for message in pools[2].run(refused_sparse):
+        assert message.startswith("The gradient of 0 (Embedding) is sparse")
+
+
+def refused_replicated(rank: int) -> str:
+    model = nn.Linear(4, 4)
+    replicate(model, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(ConfigurationError) as refusal:
+        attach(model, "int8")
+    return str(refusal.value)
+
+
+def test_what_fsdp2_replicates_is_refused(pools: dict[int, Ranks]) -> None:
+    for message in pools[2].run(refused_replicated):
+        assert "wrap it in DistributedDataParallel" in message
+
+
 def refused_twice(rank: int) -> str:
     mesh = init_device_mesh("cpu", (2,))
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -93,6 +119,59 @@ def refused_twice(rank: int) -> str:
 def test_a_model_of_which_a_part_has_a_codec_is_refused(pools: dict[int, Ranks]) -> None:
     for message in pools[2].run(refused_twice):
         assert "has a codec already" in message
+
+
+def refused_hooked(rank: int) -> str:
+    model = DistributedDataParallel(nn.Linear(4, 4))
+    model.register_comm_hook(None, allreduce_hook)
+    with pytest.raises(ConfigurationError) as refusal:
+        attach(model, "int8")
+    return str(refusal.value)
+
+
+def test_a_model_with_a_hook_of_its_own_is_refused(pools: dict[int, Ranks]) -> None:
+    for message in pools[2].run(refused_hooked):
+        assert "has a communication hook already" in message
+
+
+def with_uneven_steps(rank: int) -> float:
+    """One rank more steps than the other, in torch's context for that; a weight in the end."""
+    model = replicated(Given(SHAPES))
+    attach(model, "int8")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with model.join():
+        for step in range(2 + rank):
+            optimizer.zero_grad()
+            backward(model, drawn(rank, step, SHAPES))
+            optimizer.step()
+    return float(model.module.parts[0][0, 0])
+
+
+def test_ranks_may_run_out_of_data_within_torchs_join(pools: dict[int, Ranks]) -> None:
+    weights = pools[2].run(with_uneven_steps)
+    assert weights[0] == weights[1] != 0
+
+
+def in_two_types(rank: int, codec: str) -> float:
+    """Parameters of BF16 beside FP32: the largest error of a mean, relative."""
+    shapes = ((64, 48), (64, 48))
+    given = Given(shapes)
+    given.parts[1] = nn.Parameter(given.parts[1].bfloat16())
+    model = DistributedDataParallel(given)
+    attach(model, codec, **({"start_step": 2, "rank": 48} if codec == "powersgd" else {}))
+    worst = 0.0
+    for step in range(4):
+        model.zero_grad()
+        backward(model, drawn(rank, step, shapes))
+        for found, mean in zip(gradients(model), exact_mean(2, step, shapes), strict=True):
+            assert found is not None
+            worst = max(worst, ((found.double() - mean).norm() / mean.norm()).item())
+    return worst
+
+
+@pytest.mark.parametrize("codec", ["int8", "powersgd"])
+def test_parameters_of_two_types_go_side_by_side(pools: dict[int, Ranks], codec: str) -> None:
+    assert max(pools[2].run(in_two_types, codec)) < 0.03
 
 
 class Vanished:

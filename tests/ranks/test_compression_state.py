@@ -150,3 +150,28 @@ def test_a_run_that_takes_up_its_own_goes_on_to_the_last_bit(
 ) -> None:
     saved = pools[ranks].run(save, layout, options, tells)
     assert all(pools[ranks].run(continued, layout, options, saved, tells))
+
+
+def low_rank_on_others(rank: int, layout: tuple[Any, ...], saved: Saved) -> list[Any]:
+    """PowerSGD that takes up what another number of ranks has saved: its steps, and digests of three means."""
+    model, wire = build(rank, layout, LOW_RANK)
+    tensors = [{key: torch.tensor(values) for key, values in state.items()} for state in saved]
+    wire.load_state_dict(tensors.__getitem__, len(saved))
+    digests = [reducing.digest(step(model, wire, drawn(rank, number, SHAPES))) for number in range(3, 6)]
+    return [wire.state_dict()["replica.steps"].item(), *digests]
+
+
+LOW_RANK = {"codec": "powersgd", "start_step": 2}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, DDP), (3, DDP)), ((3, DDP), (2, DDP)), ((2, ("fsdp", (2, 1))), (4, ("fsdp", (4, 1))))]
+)
+def test_powersgd_goes_on_at_the_same_step_on_another_number_of_ranks(
+    pools: dict[int, Ranks], before: tuple[int, Any], after: tuple[int, Any]
+) -> None:
+    """A rank that has no state of its own, and begins anew, would send what the others do not expect."""
+    saved = pools[before[0]].run(save, before[1], LOW_RANK)
+    found = pools[after[0]].run(low_rank_on_others, after[1], saved)
+    assert found == [found[0]] * after[0]
+    assert found[0][0] == 6

@@ -83,13 +83,18 @@ def test_errors_have_their_place_from_the_start(pools: dict[int, Ranks]) -> None
     assert pools[2].run(memories) == [[True, True]] * 2
 
 
-def attached_late(rank: int) -> float:
-    """To a model with gradients already, whose buckets DDP makes anew after its first step: the largest error."""
+def attached_late(rank: int, num_before: int) -> float:
+    """To a model with gradients already, whose buckets DDP makes anew after its first step, or after some backward
+    passes: the largest error."""
     ddp = replicated(Given(SHAPES), 0.008)
-    for part in ddp.parameters():
-        part.grad = torch.ones_like(part)
-    attach(ddp, "int8")
-    assert all((part.grad == 1).all() for part in ddp.parameters()), "they are nobody else's to change"
+    for step in range(num_before):
+        backward(ddp, drawn(rank, step, SHAPES))
+        ddp.zero_grad()
+    if not num_before:
+        for part in ddp.parameters():
+            part.grad = torch.ones_like(part)
+    assert attach(ddp, "int8").residues, "a saved state finds its place"
+    assert num_before or all((part.grad == 1).all() for part in ddp.parameters()), "they are nobody else's to change"
     worst = 0.0
     for step in range(4):
         ddp.zero_grad()
@@ -100,10 +105,11 @@ def attached_late(rank: int) -> float:
     return worst
 
 
-def test_attached_to_a_model_that_has_gradients_it_is_right_too(pools: dict[int, Ranks]) -> None:
+@pytest.mark.parametrize("num_before", [0, 1, 2])
+def test_attached_to_a_model_that_has_gradients_it_is_right_too(pools: dict[int, Ranks], num_before: int) -> None:
     largest = max(max(each.abs().max().item() for each in drawn(rank, 3, SHAPES)) for rank in range(2))
     # two encodings, each with the errors of the step before
-    assert max(pools[2].run(attached_late)) < 4 * 1.5 * largest / 254
+    assert max(pools[2].run(attached_late, num_before)) < 4 * 1.5 * largest / 254
 
 
 CONFIGS = {
@@ -144,6 +150,24 @@ def allocated(rank: int, name: str) -> list[int]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_step_makes_a_tensor(pools: dict[int, Ranks], name: str) -> None:
     assert pools[3].run(allocated, name) == [[], [], []]
+
+
+def most_allocated(rank: int, ranks_per_host: int | None) -> int:
+    """Bytes of all tensors that the first reduction of a small tensor makes."""
+    device, flat = torch.device("cpu"), torch.randn(10_000)
+    with reducing.hosts(rank, ranks_per_host):
+        channel = Channel(Team(dist.group.WORLD, device), CONFIGS["int8"], Wire(device), "test")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        channel.run_mean(0, flat, None)
+    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return sum(max(0, event.nbytes()) for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("ranks_per_host", [None, 2])
+def test_buffers_are_no_larger_than_tensors_need(pools: dict[int, Ranks], ranks_per_host: int | None) -> None:
+    """Room for whole messages, for each of many ranks, would be more than the model."""
+    portions = 2 * 4 * (1 << 17)
+    assert max(pools[4].run(most_allocated, ranks_per_host)) < 3 * portions + 6 * 4 * 10_000 * 4
 
 
 def bytes_sent(rank: int, config: CompressionConfig) -> int:

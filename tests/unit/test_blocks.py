@@ -53,6 +53,16 @@ def test_a_scalar_parameter_is_refused_by_name() -> None:
         refuse_unshardable(found, [], "Job")
 
 
+def test_parameters_of_two_types_in_one_unit_are_refused_by_name() -> None:
+    found = model()
+    found[1].bfloat16()
+    refuse_unshardable(found, [found[0], found[1]], "Job")
+    found[2].bias.requires_grad_(False).data = found[2].bias.bfloat16()  # FSDP2 asks about what is trained
+    refuse_unshardable(found, [found[0], found[1]], "Job")
+    with pytest.raises(JobError, match=r"1\..* of bfloat16 and .* of float32|.* of float32 and 1\..* of bfloat16"):
+        refuse_unshardable(found, [found[0]], "Job")
+
+
 def test_a_parameter_without_elements_is_refused_by_name_unless_it_is_frozen() -> None:
     found = model()
     found.register_parameter("none", nn.Parameter(torch.ones(0, 3)))
