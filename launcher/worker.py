@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Never
 
@@ -41,15 +42,15 @@ __all__ = ["leave_now", "live", "main"]
 _GROUP_TIMEOUT = timedelta(minutes=30)
 
 
-def main(run_path: str, attempt: int, parent: int, finished: str) -> Outcome:
+def main(run_path: str, attempt: int, parent: int, mark: Connection) -> Outcome:
     """Be one of the workers that an elastic agent in the launching process starts.
 
     Args:
         run_path: the run's directory.
         attempt: from 0.
         parent: the id of the launching process, whose death ends this one.
-        finished: the folder to leave a file in, named by this process's id, having come to the end: whatever ends a
-            process early may do so with exit code 0.
+        mark: a pipe into which this process's id goes, having come to the end: whatever ends a process early may do so
+            with exit code 0.
     """
     restrict_umask()
     die_with_parent(parent)
@@ -59,7 +60,7 @@ def main(run_path: str, attempt: int, parent: int, finished: str) -> Outcome:
     die_with_parent(parent)  # looked at once more, now that a next launch would wait for this process
     outcome = live(run, attempt)
     with suppress(OSError):
-        (Path(finished) / str(os.getpid())).touch()
+        mark.send_bytes(str(os.getpid()).encode())
     return outcome
 
 

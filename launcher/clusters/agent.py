@@ -137,7 +137,9 @@ def run_workers(
 
     from launcher.worker import main
 
-    with tempfile.TemporaryDirectory(prefix="tminus-") as scratch:  # the agent never removes its own files
+    finished, mark = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    # The agent never removes its own files.
+    with finished, mark, tempfile.TemporaryDirectory(prefix="tminus-") as scratch:
         configuration = LaunchConfig(
             min_nodes=node.num_nodes if node is not None else 1,
             max_nodes=node.num_nodes if node is not None else 1,
@@ -155,10 +157,10 @@ def run_workers(
             signals_to_handle="SIGQUIT",  # the others are ours, and this one is the reaper's
         )
         is_lost = node.is_lost if node is not None else lambda: False
-        reaper = Reaper(num_workers, lambda: forwarder.requested is not None, is_lost, Path(scratch))
+        reaper = Reaper(num_workers, lambda: forwarder.requested is not None, is_lost, finished)
         try:
             with _log_to(agent_log), _held_back_in_children(), reaper.watching():
-                outcomes = elastic_launch(configuration, main)(str(run_path), attempt, os.getpid(), scratch)
+                outcomes = elastic_launch(configuration, main)(str(run_path), attempt, os.getpid(), mark)
         except (ChildFailedError, SignalException) as error:
             raise WorkersDiedError(reaper.deaths()) from error
     return cast("dict[int, Outcome]", outcomes)

@@ -8,8 +8,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 from launcher.clusters.signals import STOP_SIGNALS
 
@@ -26,16 +26,17 @@ class Reaper:
         num_workers: on this machine.
         stop_requested: whether the workers are to stop; passed on to them once.
         is_lost: whether the attempt has failed elsewhere.
-        finished: the folder in which a worker that has come to its end leaves a file, named by its process id.
+        finished: a pipe into which a worker that has come to its end has written its process id.
     """
 
     def __init__(
-        self, num_workers: int, stop_requested: Callable[[], bool], is_lost: Callable[[], bool], finished: Path
+        self, num_workers: int, stop_requested: Callable[[], bool], is_lost: Callable[[], bool], finished: Connection
     ) -> None:
         self._num_workers = num_workers
         self._stop_requested = stop_requested
         self._is_lost = is_lost
         self._finished = finished
+        self._at_their_end: set[int] = set()
         self._all_know = False
         self._workers: dict[int, BaseProcess] = {}
         self._killed: set[int] = set()
@@ -92,7 +93,13 @@ class Reaper:
     def _has_failed(self, worker: BaseProcess) -> bool:
         """Whether a worker has ended badly: with an error, or early. It is left to the agent to collect."""
         code = _exit_code(worker)
-        return code is not None and (code != 0 or not (self._finished / str(worker.pid)).exists())
+        return code is not None and (code != 0 or not self._has_finished(worker))
+
+    def _has_finished(self, worker: BaseProcess) -> bool:
+        """Whether a worker that has ended with 0 was at its end; it has said so before."""
+        while self._finished.poll():
+            self._at_their_end.add(int(self._finished.recv_bytes()))
+        return worker.pid in self._at_their_end
 
 
 def _exit_code(worker: BaseProcess) -> int | None:

@@ -7,9 +7,15 @@ import re
 from omegaconf import DictConfig, MissingMandatoryValue
 from omegaconf.errors import OmegaConfBaseException
 
+from launcher.config.forms import own_form, verbatim
 from launcher.config.nearest import nearest
+from launcher.config.schema import ClusterConfig
 
 __all__ = ["in_words", "shown"]
+
+
+_NOT_A_NUMBER = re.compile(r"Value '(?P<value>.*)' of type '\w+' could not be converted to (?P<kind>Integer|Float)")
+_KINDS = {"Integer": "whole number", "Float": "number"}
 
 
 def shown(value: object) -> str:
@@ -33,7 +39,25 @@ def in_words(error: BaseException) -> str:
         words = [str(name) for name in parent if name != "hydra"]
         valid = f" Valid: {', '.join(sorted(words))}." if words else ""
         add = "" if parent._metadata.object_type not in (dict, None) else f" To add a new key: +{key}=…"
+        add += verbatim(word) if parent._metadata.object_type is ClusterConfig else ""
         return f"There is no key {key!r}.{nearest(word, words)}{valid}{add}"
+    if words_for_it := _wrong_value(key, reason):
+        return words_for_it
+    return f"{key}: {reason.rstrip('.')}." if key else reason
+
+
+def _wrong_value(key: str, reason: str) -> str | None:
+    """What is wrong with a value, and what it could be; None if the reason says that well enough."""
     if "is not a ListConfig" in reason:
         return f"{key} is a list: write {key}=[first,second], and a value with blanks or colons in quotes."
-    return f"{key}: {reason.rstrip('.')}." if key else reason
+    if "Cannot assign str to Dict" in reason:
+        return f"{key} is a mapping: write +{key}.NAME=VALUE for each of its keys."
+    if number := _NOT_A_NUMBER.match(reason):
+        value = number["value"]
+        return f"{key}={value} is not a {_KINDS[number['kind']]}.{own_form(key, value)}"
+    if truth := re.match(r"Value '(.*)' is not a valid bool", reason):
+        return f"{key}={truth[1]} is neither true nor false."
+    if text := re.match(r"Cannot convert 'list' to string: '(\[.*\])'", reason):
+        inside = ",".join(part.strip(" '\"") for part in text[1].strip("[]").split(","))
+        return f"{key}={text[1]} is a list, and must be one text. Several in one go in quotes: {key}=\\'{inside}\\'."
+    return None

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from launcher.clusters.slurm import queue
-from launcher.clusters.slurm.joblog import last_words
+from launcher.clusters.slurm.joblog import QUEUED, last_words
+from launcher.clusters.slurm.postmortem import death_words
 from launcher.clusters.slurm.queue import QueueError, SlurmJob
 from launcher.rundir import RunDirectory, State, Status
 from launcher.rundir.lock import Holder, is_launched
@@ -74,9 +75,11 @@ class View:
     @property
     def explanation(self) -> str | None:
         """Why the run is in this condition."""
-        if self._comes_back and self.status is not None and self.status.state is not State.submitted:
+        if self._comes_back and self.status is not None:
             words = (last_words(self.run, self.job_id) if self.job_id is not None else None) or self.status.reason
-            return "; ".join(filter(None, (words, "back in the queue")))
+            if self.status.state is State.submitted or (words and QUEUED in words):
+                return words
+            return "; ".join(filter(None, (words, QUEUED)))
         if self.condition == CANCELLED:
             return self._cancellation
         if self.condition != DEAD:
@@ -97,10 +100,8 @@ class View:
         if self.job_id is None:
             return "its launching process has ended without a word: killed, or its machine went down"
         said = f"SLURM says: {self.job}" if self.job is not None else f"SLURM knows no job {self.job_id} any more"
-        if self.job is not None and self.job.is_unwritable:
-            return (
-                f"nothing could be written into its directory any more: the disk is full, or a quota used up ({said})"
-            )
+        if self.job is not None and (words := death_words(self.job)):
+            return f"{words} ({said})"
         if last_word := last_words(self.run, self.job_id):
             return f"{last_word} ({said})"
         return f"its job has ended without a word: {said}; its tasks' own logs are in {self.run.submission}"

@@ -2,7 +2,9 @@
 
 import ctypes
 import os
+import shutil
 import signal
+import tempfile
 import time
 
 import torch
@@ -47,6 +49,8 @@ class Own(Job):
         if self.fail == "kill once" and not os.path.exists("failed"):
             open("failed", "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.fail == "lose tmp":
+            shutil.rmtree(tempfile.gettempdir())
         if self.fail == "exit0":
             os._exit(0)
         if self.fail == "exit":

@@ -64,6 +64,17 @@ def test_workers_that_all_end_early_with_code_0_have_failed(start: Start, projec
     assert status["reason"].startswith("rank 0: The worker ended with exit code 0")
 
 
+def test_a_finished_worker_needs_no_room_for_temporary_files(
+    start: Start, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(project / "tmp"))
+    command = start(["+experiment=own", "job.fail=lose tmp"], project)
+    assert command.wait() == 0, command.errors
+    assert not (project / "tmp").exists()
+    assert [line["ended"] for line in attempts(command)] == ["finished"]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_worker_killed_while_it_starts_is_named_and_not_its_peers(start: Start, project: Path, rank: int) -> None:
     """What the peers suffer from it (no store, no connection) is not taken for the cause."""

@@ -10,7 +10,8 @@ import pytest
 
 from launcher.clusters.slurm.aftermath import lines_after, lines_before
 from launcher.clusters.slurm.joblog import last_words, lost_words, task_words
-from launcher.errors import EXIT_UNWRITABLE
+from launcher.clusters.slurm.notes import first_node_problem
+from launcher.errors import EXIT_FINISHED, EXIT_RESUMABLE, EXIT_UNWRITABLE
 from launcher.rundir import RunDirectory, State, Status
 from tests.unit.configs import good_config
 
@@ -33,16 +34,23 @@ class Batch:
         Status(state, job_id="7").write(self.run.status)
 
     def job_is(self, state: str) -> None:
-        program = self.folder / "bin" / "scontrol"
-        shown = f'[ "$2" = show ] && echo "JobId=$4 JobState={state} x" && exit'
-        program.write_text(f'#!/bin/sh\n{shown}\necho "$*" >> "{self.folder}/asked"\n')
+        shown = f'[ "$2" = show ] && echo "JobId=$4 JobState={state} Restarts=${{SLURM_RESTART_COUNT:-0}} '
+        shown += 'ExcNodeList=node8 x" && exit'
+        self._program("scontrol", f'{shown}\necho "$*" >> "{self.folder}/asked"')
+
+    def slurm_has_others(self, others: bool) -> None:
+        self._program("sbatch", f'[ "$1 $2" = "--test-only --exclude=node8,node1" ] && exit {0 if others else 1}')
+
+    def _program(self, name: str, text: str) -> None:
+        program = self.folder / "bin" / name
+        program.write_text(f"#!/bin/sh\n{text}\n")
         program.chmod(0o755)
 
     def execute(self, srun: str, requeue: bool = True, **environment: str) -> int:
         config = good_config(cluster__kind="slurm", cluster__requeue=requeue, cluster__max_restarts=2)
-        text = "\n".join([*lines_before([self.run.path]), srun, *lines_after(config)])
+        text = "\n".join([*lines_before([self.run.path], self.log.parent), srun, *lines_after(config)])
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        variables = {**os.environ, "PATH": path, "SLURM_JOB_ID": "7", **environment}
+        variables = {**os.environ, "PATH": path, "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "node1", **environment}
         with self.log.open("ab") as log:
             return subprocess.run(["bash", "-c", text], env=variables, stdout=log, stderr=log, check=False).returncode
 
@@ -67,7 +75,7 @@ def test_a_turn_whose_task_was_killed_is_requeued_and_says_whose(batch: Batch) -
     assert batch.execute(running(batch), SLURM_RESTART_COUNT="5") == 137
     assert batch.asked == "requeue 7"
     assert lost_words(batch.run, "7", 5) == "the launching process on node2 has ended: Killed"
-    assert last_words(batch.run, "7") == lost_words(batch.run, "7", 5)
+    assert last_words(batch.run, "7") == f"{lost_words(batch.run, '7', 5)}; back in the queue"
     assert lost_words(batch.run, "7", 4) is None
 
 
@@ -86,10 +94,11 @@ def test_what_the_first_node_has_decided_stays_so(batch: Batch, state: State) ->
     assert last_words(batch.run, "7") is None
 
 
-def test_a_task_that_ends_by_itself_is_no_lost_one(batch: Batch) -> None:
-    assert batch.execute("(exit 1)") == 1
-    assert batch.execute("true") == 0
+def test_codes_that_the_first_node_decides_on_are_passed_on(batch: Batch) -> None:
+    for code in (EXIT_FINISHED, EXIT_RESUMABLE, EXIT_UNWRITABLE):
+        assert batch.execute(f"(exit {code})") == code
     assert batch.asked == ""
+    assert last_words(batch.run, "7") is None
 
 
 def test_a_job_that_may_not_be_requeued_only_says_it(batch: Batch) -> None:
@@ -99,11 +108,43 @@ def test_a_job_that_may_not_be_requeued_only_says_it(batch: Batch) -> None:
 
 
 def test_what_dies_before_it_comes_to_an_attempt_is_not_tried_for_ever(batch: Batch) -> None:
-    batch.execute(KILLED, SLURM_RESTART_COUNT="1")
-    assert batch.asked == "requeue 7"
-    batch.execute(KILLED, SLURM_RESTART_COUNT="2")
-    assert batch.asked == "requeue 7", "not once more"
-    assert "not requeued" in batch.log.read_text()
+    for turn in range(5, 8):  # those before have come to one
+        batch.execute(KILLED, SLURM_RESTART_COUNT=str(turn))
+    assert batch.asked == "requeue 7\nrequeue 7", "not once more: max_restarts=2"
+    said = "the launching process on node2 has ended: Killed; not requeued: it has not come to an attempt"
+    assert last_words(batch.run, "7") == said
+
+
+NO_PYTHON = "slurmstepd: error: execve(): /x/python: No such file or directory"
+UNSTARTED = f"echo '{NO_PYTHON}\nsrun: error: node1: task 0: Exited with exit code 2' >&2; (exit 143)"
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_node_on_which_no_task_starts_is_left_out_if_slurm_has_others(batch: Batch, others: bool) -> None:
+    batch.slurm_has_others(others)
+    batch.execute(UNSTARTED)
+    assert batch.asked == ("requeue 7\nupdate JobId=7 ExcNodeList=node8,node1" if others else "")
+    then = "back in the queue, without node1" if others else "not requeued: SLURM has no other node for it"
+    why = f"the launching process on node1 has ended: Exited with exit code 2: {NO_PYTHON}"
+    assert last_words(batch.run, "7") == f"{why}; {then}"
+
+
+def test_a_first_node_that_does_not_come_is_named_and_not_who_has_waited_for_it(batch: Batch) -> None:
+    batch.slurm_has_others(True)
+    first_node_problem(batch.log.parent, "7", 0).write_text("node1, the first node, did not join the run\n")
+    batch.execute("echo 'srun: error: node2: task 1: Exited with exit code 1' >&2; (exit 143)")
+    assert batch.asked == "requeue 7\nupdate JobId=7 ExcNodeList=node8,node1"
+    assert (
+        lost_words(batch.run, "7", 0) == "node1, the first node, did not join the run; back in the queue, without node1"
+    )
+
+
+def test_an_srun_that_starts_nothing_is_quoted(batch: Batch) -> None:
+    batch.execute("echo \"srun: unrecognized option '--container-image=x'\" >&2; (exit 255)", requeue=False)
+    assert last_words(batch.run, "7") == "srun: unrecognized option '--container-image=x'"
+    batch.execute("(exit 1)")
+    assert last_words(batch.run, "7") == "srun has ended with exit code 1"
+    assert batch.asked == ""
 
 
 def test_a_full_disk_is_an_exit_code_and_no_reason_to_begin_again(batch: Batch) -> None:

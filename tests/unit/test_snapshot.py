@@ -60,6 +60,18 @@ def test_a_project_without_git_is_walked(project: Path, monkeypatch: pytest.Monk
     assert names(snapshot(project)) == PROJECT | {"data/big.bin"}
 
 
+def test_runs_that_were_put_elsewhere_are_not_copied_into_the_next(project: Path) -> None:
+    for name in (
+        "mine/config.yaml",
+        "mine/provenance.json",
+        "mine/submission/0/code/job.py",
+        "other/.sweeps/x/code/y.py",
+    ):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("x")
+    assert names(snapshot(project)) == PROJECT
+
+
 def test_a_project_that_is_too_large_is_refused_and_nothing_is_left(project: Path) -> None:
     (project / "weights.bin").write_bytes(bytes(3 * 2**20))
     with pytest.raises(RequestError) as caught:

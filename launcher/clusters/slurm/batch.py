@@ -147,11 +147,11 @@ def _executor(config: RunConfig, folder: Path, workdir: Path, runs: Sequence[Pat
         executor = SlurmExecutor(folder, python=shlex.quote(cluster.python) if cluster.python is not None else None)
     except RuntimeError as error:
         raise RequestError(f"cluster=slurm: there is no srun here ({error}): submit from a login node.") from error
-    executor.update_parameters(**_parameters(config, workdir, runs))
+    executor.update_parameters(**_parameters(config, folder, workdir, runs))
     return executor
 
 
-def _parameters(config: RunConfig, workdir: Path, runs: Sequence[Path]) -> dict[str, Any]:
+def _parameters(config: RunConfig, folder: Path, workdir: Path, runs: Sequence[Path]) -> dict[str, Any]:
     cluster, nodes = config.cluster, node_range(config)
     more: dict[str, Any] = {"requeue" if cluster.requeue else "no-requeue": True, "chdir": str(workdir)}
     more |= {
@@ -174,7 +174,7 @@ def _parameters(config: RunConfig, workdir: Path, runs: Sequence[Path]) -> dict[
         "cpus_per_task": cluster.cpus_per_task,
         "mem": None if cluster.memory_gib is None else f"{round(cluster.memory_gib * 1024)}M",
         "signal_delay_s": max(1, cluster.signal_lead_seconds - _SLURM_EARLY_SECONDS),
-        "setup": [*lines_before(runs), *setup_lines(config, os.environ), "set +eu"],
+        "setup": [*lines_before(runs, folder), *setup_lines(config, os.environ), "set +eu"],
         "teardown": lines_after(config),
         "srun_args": _srun_arguments(config, workdir, runs),
         "additional_parameters": more,

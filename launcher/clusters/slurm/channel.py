@@ -10,6 +10,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,30 +18,18 @@ from typing import Any
 
 from launcher.clusters.slurm import network
 from launcher.clusters.slurm.nodes import node_names, slurm_address, why_silent
+from launcher.clusters.slurm.notes import address_file, complaint_file, first_node_problem
 from launcher.environment import JobPlace
 from launcher.errors import RunError
 from launcher.rundir.records import read_json, recording, write_json
 
-__all__ = ["Channel", "Directive", "MissingNodesError", "join", "open_channel"]
+__all__ = ["Channel", "Directive", "join", "open_channel"]
 
 _POLL_SECONDS = 0.1
 _IDLE_SECONDS = 1.0
 """Between two looks of a node that does not train."""
 _ANSWER = timedelta(seconds=20)
 """Of the store, to anything but waiting."""
-
-
-class MissingNodesError(Exception):
-    """Nodes of the job have not arrived in time; says which, and why as far as that is known.
-
-    Args:
-        message: for the user.
-        nodes: their names.
-    """
-
-    def __init__(self, message: str, nodes: Sequence[str]) -> None:
-        super().__init__(message)
-        self.nodes = nodes
 
 
 @dataclass(frozen=True)
@@ -63,42 +52,16 @@ class Channel:
         self.address = address
         self.port = port
         self.place = place
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds
         self._turn = 0
 
     def arrive(self) -> None:
         """Say that this node is there."""
         self._store.set(f"arrived/{self.place.node}", socket.gethostname())
 
-    def wait_for_all(self, complaints: Path, stop: Callable[[], bool]) -> None:
-        """On the first node: until all have arrived.
-
-        Args:
-            complaints: the folder in which a node that cannot come says why.
-            stop: whether not to wait any longer.
-
-        Raises:
-            MissingNodesError: some have not.
-        """
-        deadline = time.monotonic() + self._timeout_seconds
-        missing = list(range(self.place.num_nodes))
-        while missing := [node for node in missing if not self._store.check([f"arrived/{node}"])]:
-            complained = [node for node in missing if _complaint(complaints, self.place, node).exists()]
-            if complained or time.monotonic() > deadline:  # first: who has complained ends, and srun then ends all
-                silent = complained or missing
-                raise MissingNodesError(self._explain(silent, complaints), self.names(silent))
-            if stop():
-                return
-            time.sleep(_POLL_SECONDS)
-
-    def _explain(self, missing: Sequence[int], complaints: Path) -> str:
-        names = node_names(self.place)
-        reasons = []
-        for node in missing:
-            complaint = _complaint(complaints, self.place, node)
-            why = complaint.read_text(encoding="utf-8").strip() if complaint.exists() else why_silent(names[node])
-            reasons.append(f"{names[node]} ({node + 1} of {self.place.num_nodes}): {why}")
-        return "node(s) that did not join the run: " + "; ".join(reasons)
+    def missing(self) -> list[int]:
+        """On the first node: those that have not arrived."""
+        return [node for node in range(self.place.num_nodes) if not self._store.check([f"arrived/{node}"])]
 
     def names(self, nodes: Sequence[int]) -> list[str]:
         """Of any nodes of the job."""
@@ -165,7 +128,7 @@ class Channel:
     def another(self) -> Channel:
         """A connection of its own, for another thread."""
         store = _connect(self.address, self.port, _ANSWER)
-        return Channel(store, self.address, self.port, self.place, self._timeout_seconds)
+        return Channel(store, self.address, self.port, self.place, self.timeout_seconds)
 
 
 def open_channel(place: JobPlace, interface: str | None, timeout_seconds: float, folder: Path) -> Channel:
@@ -179,7 +142,10 @@ def open_channel(place: JobPlace, interface: str | None, timeout_seconds: float,
     address = _own_address(place, interface)
     store = TCPStore(address, 0, None, True, timeout=_ANSWER, wait_for_workers=False, multi_tenant=True)
     with recording(folder):
-        write_json(_address_file(folder, place), {"address": address, "port": store.port, "host": socket.gethostname()})
+        write_json(
+            address_file(folder, place.job_id, place.turn),
+            {"address": address, "port": store.port, "host": socket.gethostname()},
+        )
     return Channel(store, address, store.port, place, timeout_seconds)
 
 
@@ -190,10 +156,16 @@ def join(place: JobPlace, timeout_seconds: float, folder: Path) -> Channel:
         RunError: the first node has not come, or cannot be reached; says so to it, too.
     """
     deadline = time.monotonic() + timeout_seconds
-    file, names = _address_file(folder, place), node_names(place)
+    file, names = address_file(folder, place.job_id, place.turn), node_names(place)
     while not file.exists():
         if time.monotonic() > deadline:
-            raise RunError(f"{names[0]}, the first node, did not join the run: {why_silent(names[0])}")
+            problem = (
+                f"node(s) that did not join the run: {names[0]} (1 of {place.num_nodes}, the first) within "
+                f"{timeout_seconds:g} s: {why_silent(names[0])}"
+            )
+            with suppress(OSError):  # for the batch file, which outlives this process
+                first_node_problem(folder, place.job_id, place.turn).write_text(f"{problem}\n", encoding="utf-8")
+            raise RunError(problem)
         time.sleep(_POLL_SECONDS)
     found = read_json(file)
     address, port = str(found["address"]), int(found["port"])
@@ -201,7 +173,7 @@ def join(place: JobPlace, timeout_seconds: float, folder: Path) -> Channel:
         store = _connect(address, port, timedelta(seconds=max(1.0, deadline - time.monotonic())))
     except Exception as error:  # torch's DistNetworkError and DistStoreError
         reason = f"it cannot reach {names[0]} at {address} port {port} ({_first_line(error)}); see cluster.interface"
-        _complaint(folder, place, place.node).write_text(reason, encoding="utf-8")
+        complaint_file(folder, place.job_id, place.turn, place.node).write_text(reason, encoding="utf-8")
         raise RunError(f"{names[place.node]}: {reason}") from error
     return Channel(store, address, port, place, timeout_seconds)
 
@@ -225,14 +197,6 @@ def _own_address(place: JobPlace, interface: str | None) -> str:
             f"{socket.gethostname()} knows no way to {other} ({error}): name the network interface that the nodes "
             "share with cluster.interface."
         ) from error
-
-
-def _address_file(folder: Path, place: JobPlace) -> Path:
-    return folder / f"first-node-{place.job_id}-{place.turn}.json"
-
-
-def _complaint(folder: Path, place: JobPlace, node: int) -> Path:
-    return folder / f"node-{node}-{place.job_id}-{place.turn}.problem"
 
 
 def _first_line(error: Exception) -> str:

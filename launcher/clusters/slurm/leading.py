@@ -21,8 +21,10 @@ from launcher.clusters.attempts import (
 from launcher.clusters.deaths import unknown_death
 from launcher.clusters.entering import has_finished
 from launcher.clusters.progress import Restarts, lost_in_a_row, where
-from launcher.clusters.slurm.channel import Channel, Directive, MissingNodesError, open_channel
+from launcher.clusters.slurm import queue
+from launcher.clusters.slurm.channel import Channel, Directive, open_channel
 from launcher.clusters.slurm.ending import end_without_attempt, job_goes_on, leave
+from launcher.clusters.slurm.gathering import MissingNodesError, gather
 from launcher.clusters.slurm.joblog import lost_words, task_words
 from launcher.clusters.slurm.node import use_network, work
 from launcher.clusters.slurm.watch import Deadline
@@ -112,20 +114,21 @@ class _Turn:
             return end_without_attempt(run, reason)
         started = time.time()
         try:
-            self._channel.wait_for_all(self._submission, lambda: forwarder.requested is not None)
+            stopped = gather(self._channel, run, self._submission, forwarder)
         except MissingNodesError as error:
             return self._leave_without(config, attempt, started, error)
-        if forwarder.requested is not None:  # before anybody could train
-            return self._leave(config, attempt, started, f"stopped on request ({forwarder.requested}) before it began")
+        if stopped is not None:
+            return self._leave(config, attempt, started, stopped)
         forwarder.on_request = lambda: mark_stopping(run)
         Deadline(self._place.job_id, config.cluster.signal_lead_seconds, run, forwarder.request)
         self._first = attempt if self._place.turn == 0 else None
         return self._attempts(config, attempt, Restarts(run, config, already=lost))
 
     def _leave_without(self, config: RunConfig, attempt: int, started: float, error: MissingNodesError) -> int:
-        """Nodes have not come: without them if the job's range allows that, or failed."""
-        left, allowed = self._place.num_nodes - len(error.nodes), node_range(config)
-        if allowed.is_elastic and config.cluster.requeue and left >= allowed.least:
+        """Nodes have not come: without them if the job's range allows that or SLURM has others, or failed."""
+        place, nodes, allowed = self._place, error.nodes, node_range(config)
+        enough = allowed.is_elastic and place.num_nodes - len(nodes) >= allowed.least
+        if config.cluster.requeue and (enough or queue.has_others(place.job_id, nodes, self._submission)):
             reason = f"{error}; going on without"
             return leave(self._run, self._place, config, attempt, started, reason, without=error.nodes)
         end_run(self._run, attempt, started, State.failed, str(error))

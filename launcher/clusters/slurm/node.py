@@ -15,7 +15,7 @@ from launcher.clusters.agent import Node, StopForwarder, WorkersDiedError, run_w
 from launcher.clusters.deaths import silent_death
 from launcher.clusters.slurm.channel import Channel, Directive, join
 from launcher.clusters.slurm.network import address_towards, interface_of
-from launcher.clusters.slurm.watch import FailureWatch, watch_fence
+from launcher.clusters.slurm.watch import FailureWatch, watch_fence, watch_shell
 from launcher.config.files import load_config
 from launcher.config.schema import RunConfig
 from launcher.environment import JobPlace
@@ -53,6 +53,8 @@ def main(run_path: str, attempt: int, submission: str, folder: str) -> None:
     forwarder.ends_at_once = lambda: is_cancelled_at_once(run)
     config = load_config(run.config_of(attempt))
     with forwarder.listening():  # in place of submitit's handlers, which would requeue before anything is saved
+        if config.cluster.requeue:
+            watch_shell(place, forwarder)
         try:
             if place.node == 0:
                 from launcher.clusters.slurm.leading import lead

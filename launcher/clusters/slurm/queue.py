@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.errors import EXIT_UNWRITABLE
+from launcher.environment import outside_of_jobs
 
 __all__ = [
     "NoQueueError",
@@ -18,6 +18,7 @@ __all__ = [
     "SlurmJob",
     "ask",
     "cancel",
+    "has_others",
     "hostnames",
     "requeue",
     "requeue_without",
@@ -57,16 +58,6 @@ class SlurmJob:
     def is_alive(self) -> bool:
         """Whether it is there, or will be: it may still write into the run."""
         return self.state in _WAITING + _THERE
-
-    @property
-    def is_unwritable(self) -> bool:
-        """Whether it has failed with the exit code that says why nothing else does; raises nothing."""
-        if self.state != "FAILED":
-            return False
-        try:
-            return show(self.job_id).get("ExitCode", "").startswith(f"{EXIT_UNWRITABLE}:")
-        except QueueError:  # SLURM has forgotten it; the accounting may not have
-            return self.reason == f"exit code {EXIT_UNWRITABLE}:0"
 
     @property
     def waits(self) -> bool:
@@ -188,15 +179,37 @@ def requeue_without(job_id: str, nodes: Iterable[str]) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def has_others(job_id: str, nodes: Iterable[str], folder: Path) -> bool:
+    """Whether SLURM could ever start the job without these nodes, and those that it is without already.
+
+    Args:
+        job_id: of the job.
+        nodes: their names.
+        folder: of what was submitted.
+    """
+    script = next(folder.glob("*_submission.sh"), None)
+    if script is None:
+        return False
+    try:
+        before = _known(show(job_id).get("ExcNodeList", ""))
+        words = ["sbatch", "--test-only", f"--exclude={','.join(filter(None, (before, *nodes)))}", str(script)]
+        run(words, outside_of_jobs(os.environ))
+    except QueueError:
+        return False
+    return True
+
+
 def cancel(job_id: str, signal: str | None = None) -> None:
     """End the job for good, or send a signal to all processes of its steps."""
     run(["scancel", *([f"--signal={signal}"] if signal else []), job_id])
 
 
-def run(words: Sequence[str]) -> str:
+def run(words: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     """What a command of SLURM prints; raises QueueError with its own words if it fails."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False, env=environment
+        )
     except FileNotFoundError:
         raise NoQueueError(f"there is no {words[0]} here: this is no node of a SLURM cluster") from None
     except subprocess.TimeoutExpired:

@@ -6,16 +6,17 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher.errors import RequestError
+from launcher.rundir import RunDirectory
 
 __all__ = ["take_snapshot"]
 
 _GIT_TIMEOUT_SECONDS = 60.0
 _NEVER = frozenset(
-    {".git", "__pycache__", ".venv", "venv", "node_modules", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
+    {".git", ".sweeps", "__pycache__", ".venv", "venv", "node_modules", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
 )
 """Folders that are no part of a project, whatever .gitignore says."""
 _LARGEST_SHOWN = 5
@@ -28,7 +29,7 @@ def take_snapshot(project: Path, target: Path, runs_root: Path, limit_mib: float
     Args:
         project: the folder that the command was typed in.
         target: the copy; made whole, or not at all.
-        runs_root: the folder of all runs, which is left out.
+        runs_root: the folder of all runs, which is left out, as are runs elsewhere in the project.
         limit_mib: the most that is copied.
 
     Returns:
@@ -38,6 +39,7 @@ def take_snapshot(project: Path, target: Path, runs_root: Path, limit_mib: float
         RequestError: it is larger; with the largest files.
     """
     files = [path for path in _files(project) if not _is_below(project / path, runs_root)]
+    files = _without_runs(project, files)
     sizes = {path: (project / path).lstat().st_size for path in files}
     total = sum(sizes.values())
     if total > limit_mib * _MIB:
@@ -111,6 +113,14 @@ def _walk(project: Path) -> Iterator[Path]:
 
 def _is_below(path: Path, folder: Path) -> bool:
     return folder.absolute() in path.absolute().parents
+
+
+def _without_runs(project: Path, files: Sequence[Path]) -> list[Path]:
+    """Not what ``run_dir=`` has put into the project: each would have the copies of all before it."""
+    record = RunDirectory(Path()).provenance.name
+    folders = {path.parent for path in files if path.name == record}
+    runs = {folder for folder in folders if RunDirectory(project / folder).config.is_file()}
+    return [path for path in files if runs.isdisjoint(path.parents)]
 
 
 def _too_large(project: Path, sizes: dict[Path, int], limit_mib: float) -> str:

@@ -8,21 +8,29 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 
+from launcher.clusters.agent import StopForwarder
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.channel import Channel
+from launcher.clusters.slurm.postmortem import is_shell_killed
 from launcher.clusters.slurm.queue import QueueError
+from launcher.environment import JobPlace
 from launcher.errors import EXIT_RESUMABLE
 from launcher.rundir import RunDirectory
 from launcher.rundir.fence import Fence
 from launcher.rundir.records import read_json_lines
 
-__all__ = ["Deadline", "FailureWatch", "watch_fence"]
+__all__ = ["Deadline", "FailureWatch", "watch_fence", "watch_shell"]
 
 _FENCE_SECONDS = 1.0
 _CHANNEL_SECONDS = 0.5
 _LIMIT_SECONDS = 60.0
+_SHELL_SECONDS = 0.5
+_SHELL_LOOKS = 10
+_MOST_NODES = 6
+"""That wait for those before them."""
 _CAUTION = 2.0
 """The lead is this many times the longest that a step and a save have taken together."""
 
@@ -45,6 +53,31 @@ def watch_fence(fence: Fence) -> threading.Event:
 
     threading.Thread(target=watch, name="fence", daemon=True).start()
     return done
+
+
+def watch_shell(place: JobPlace, forwarder: StopForwarder) -> None:
+    """Bring the job back if the shell of its batch file is killed: SLURM takes that for its end, and requeues nothing.
+
+    It sends SIGTERM to all tasks then, which stop and save, and SIGKILL after KillWait: the requeue does not wait for
+    the save. Any node can ask for it, and each does, one after the other, as the first may have been killed too.
+    """
+
+    def watch() -> None:
+        while forwarder.requested is None:
+            time.sleep(_SHELL_SECONDS)
+        time.sleep(_SHELL_SECONDS * min(place.node, _MOST_NODES))
+        for _ in range(_SHELL_LOOKS):
+            with suppress(QueueError):
+                job = queue.show(place.job_id)
+                if job.get("Restarts") != str(place.turn):
+                    return
+                if is_shell_killed(job):
+                    forwarder.requested = f"{forwarder.requested}: the shell of the job's batch file was killed"
+                    queue.requeue(place.job_id)
+                    return
+            time.sleep(_SHELL_SECONDS)
+
+    threading.Thread(target=watch, name="shell", daemon=True).start()
 
 
 class FailureWatch:
