@@ -83,7 +83,7 @@ def tell_present(group: Any, tell: Callable[[tuple[Any, ...]], None]) -> None:
     post_backward = group.post_backward
 
     def about_to_reduce(*arguments: Any) -> None:
-        zeros = getattr(group, "reduce_scatter_unused_params", False)  # since torch 2.13
+        zeros = getattr(group, "reduce_scatter_unused_params", False)  # not in torch 2.11
         tell(tuple(each for each in group.fsdp_params if _is_reduced(each, zeros)))
         post_backward(*arguments)
 
@@ -107,9 +107,7 @@ def full_name(parameter: Any, name: str, num_shards: int) -> str:
     dim = parameter.fsdp_placement.dim
     if dim:
         name += f"@dim{dim}of{num_shards}"
-    spec = getattr(parameter, "_unsharded_dtensor_spec", None)
-    if spec is None:  # torch 2.11 has another name for it
-        spec = getattr(parameter, "_tp_spec", None)
+    spec = getattr(parameter, "_unsharded_dtensor_spec", None) or getattr(parameter, "_tp_spec", None)  # torch 2.11
     if spec is not None:  # a part of it already: tensor parallelism
         ours: frozenset[int] = getattr(parameter, "_dp_dim_indices", frozenset())
         others = [axis for axis in range(spec.mesh.ndim) if axis not in ours]

@@ -188,3 +188,22 @@ def test_powersgd_gets_over_gradients_that_are_zero_at_first(pools: dict[int, Ra
     for errors in pools[2].run(low_rank_steps, 2, "zzzzzggg"):
         assert max(errors[:5]) < 1e-6
         assert max(errors[-2:]) < 1e-4
+
+
+def measured(rank: int, error_feedback: bool) -> float:
+    """What PowerSGD of rank 1 says it has lost in a step, relative."""
+    ddp = replicated(Given(MATRICES))
+    wire = attach(ddp, "powersgd", rank=1, start_step=2, error_feedback=error_feedback)
+    for _ in range(3):
+        ddp.zero_grad()
+        wire.take_lost()
+        with told(wire, measures=True):
+            backward(ddp, of_low_rank(rank))
+    lost, encoded = wire.take_lost().tolist()
+    return math.sqrt(lost / encoded)
+
+
+@pytest.mark.parametrize("error_feedback", [True, False])
+def test_powersgd_measures_what_it_loses(pools: dict[int, Ranks], error_feedback: bool) -> None:
+    for relative in pools[2].run(measured, error_feedback):
+        assert 0.1 < relative < 1
