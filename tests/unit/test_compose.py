@@ -114,7 +114,7 @@ def test_a_sweep_checks_every_run_before_the_first_starts() -> None:
 def test_one_wrong_run_stops_a_sweep_before_it_starts() -> None:
     message = refused(["-m", "+experiment=digits", "train.max_steps=3,many"])
     assert "train.max_steps" in message
-    assert "'many'" in message
+    assert "=many" in message
 
 
 @pytest.mark.parametrize("kind", [ConfigurationError, JobError])
