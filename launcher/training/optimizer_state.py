@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from launcher.checkpoint.loading import TensorFacts
-from launcher.checkpoint.snapshot import local_part, require_plain
+from launcher.checkpoint.snapshot import local_part, plain
 from launcher.errors import JobError
 from launcher.training.likeness import require_like
 from launcher.training.step import Learner
@@ -61,7 +61,6 @@ def groups(learner: Learner) -> list[dict[str, Any]]:
     """
     found = learner.optimizer.group_state.changed()
     kind = type(learner.optimizer.optimizer).__name__
-    require_plain(found, f"{kind}.param_groups")
     for index, group in enumerate(found):
         for key, value in group.items():
             if isinstance(value, DTensor):
@@ -69,7 +68,7 @@ def groups(learner: Learner) -> list[dict[str, Any]]:
                     f"{kind}.param_groups[{index}][{key!r}] is a DTensor, which a checkpoint does not hold there: "
                     "use parallel=ddp, another optimizer, or checkpoint=none."
                 )
-    return found
+    return [plain(group, f"{kind}.param_groups[{index}]") for index, group in enumerate(found)]
 
 
 def targets(
