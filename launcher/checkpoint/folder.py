@@ -68,7 +68,7 @@ class Checkpoint:
         """Raises DamagedError unless exactly the files of the manifest are there, with their sizes; reads none."""
         if not trust_shared:
             for folder in (self.path, self.path.parent, self.path.parent.parent):  # the run's own, the last
-                for each in dict.fromkeys((folder, folder.resolve())):  # a link, and what it leads to
+                for each in dict.fromkeys((folder, Path(os.path.realpath(folder)))):  # a link, and what it leads to
                     _refuse_shared(each)
         expected = self.manifest.files
         there = set(os.listdir(self.path)) - {MANIFEST}

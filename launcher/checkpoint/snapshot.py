@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from launcher.checkpoint.manifest import Manifest
 from launcher.errors import JobError
 
-__all__ = ["Snapshot", "local_part", "require_plain"]
+__all__ = ["Snapshot", "local_part", "plain", "plain_dict"]
 
+_KEYS = (str, int, bool)
 _SIMPLE = (bool, int, float, str, bytes, type(None))
 
 
@@ -37,22 +38,36 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def require_plain(value: Any, where: str) -> None:
-    """Refuse what could not be loaded again without running code.
+def plain(value: Any, where: str) -> Any:
+    """``value`` as it will be loaded: dicts of any kind as plain ones, tensors without a graph; nothing is copied.
 
     Raises:
-        JobError: naming the entry.
+        JobError: naming the entry that could not be loaded again without running code.
     """
     if isinstance(value, dict):
-        for key, entry in value.items():
-            if not isinstance(key, (str, int)):
-                raise JobError(f"{where} has the key {key!r}: use strings or whole numbers.")
-            require_plain(entry, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for index, entry in enumerate(value):
-            require_plain(entry, f"{where}[{index}]")
-    elif not isinstance(value, Tensor) and type(value) not in _SIMPLE:
+        for key in value:
+            if type(key) not in _KEYS:
+                raise JobError(f"{where} has the key {key!r}: use plain strings or whole numbers.")
+        return {key: plain(entry, f"{where}[{key!r}]") for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain(entry, f"{where}[{index}]") for index, entry in enumerate(value))
+    if type(value) in _SIMPLE:
+        return value
+    if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_quantized:
+        return value.detach()
+    kind = f"{type(value).__module__}.{type(value).__name__}"
+    special = f"{kind} of {value.dtype}, {value.layout}" if type(value) is Tensor else kind
+    raise JobError(
+        f"{where} is a {special}, which a checkpoint does not hold: use "
+        "numbers, strings, lists, dicts and dense torch tensors (torch.from_numpy for NumPy's arrays)."
+    )
+
+
+def plain_dict(value: Any, where: str) -> dict[str, Any]:
+    """``plain``, of a dict and nothing else."""
+    if not isinstance(value, dict):
         raise JobError(
-            f"{where} is a {type(value).__module__}.{type(value).__name__}, which a checkpoint does not hold: use "
-            "numbers, strings, lists, dicts and torch tensors (torch.from_numpy for NumPy's arrays)."
+            f"{where} is a {type(value).__name__} instead of a dict: return a dict, an empty one for nothing."
         )
+    found: dict[str, Any] = plain(value, where)
+    return found

@@ -119,9 +119,9 @@ class Stage:
                 found[path] = node.detach()
                 return _Place(path)
             if isinstance(node, dict):
-                return {key: collect(entry, f"{path}/{key}") for key, entry in node.items()}
+                return {key: collect(entry, f"{path}[{key!r}]") for key, entry in node.items()}
             if isinstance(node, (list, tuple)):
-                return type(node)(collect(entry, f"{path}/{index}") for index, entry in enumerate(node))
+                return type(node)(collect(entry, f"{path}[{index}]") for index, entry in enumerate(node))
             return node
 
         skeleton = collect(value, "")

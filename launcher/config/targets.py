@@ -103,6 +103,13 @@ def _check_optimizer(target: str, optimizer: Any) -> None:
 
     if inspect.isclass(optimizer) and not issubclass(optimizer, torch.optim.Optimizer):
         raise ConfigurationError(f"optimizer._target_={target!r} is not a torch.optim.Optimizer.")
+    if inspect.isclass(optimizer) and issubclass(optimizer, torch.optim.Optimizer):
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ConfigurationError(
+                f"optimizer._target_={target!r} computes the loss several times in a step (its step needs a closure), "
+                "and T-minus computes it once: name another optimizer."
+            )
     if not callable(optimizer):
         raise ConfigurationError(f"optimizer._target_={target!r} cannot be called: name a torch.optim.Optimizer.")
 

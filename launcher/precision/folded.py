@@ -117,20 +117,32 @@ def _folds(optimizer: torch.optim.Optimizer) -> bool:
     return not any(group.get("momentum", 0) and group.get("dampening", 0) for group in optimizer.param_groups)
 
 
-def _materialise_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give Adam its state now, as its first step would: zeros, and no step counted.
+_ADAM: dict[str, str | None] = {"exp_avg": None, "exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"}
+_MOMENTS: dict[type, dict[str, str | None]] = {
+    torch.optim.Adam: _ADAM,
+    torch.optim.AdamW: _ADAM,
+    torch.optim.RMSprop: {"square_avg": None, "momentum_buffer": "momentum", "grad_avg": "centered"},
+}
+"""By optimizer: what it keeps for each parameter, and the option that asks for it."""
 
-    A checkpoint of a run whose steps were all skipped is then like any other, and memory is reserved at the start.
+
+def _materialise_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give Adam and RMSprop their state now, as their first step would: zeros, and no step counted.
+
+    A checkpoint of a run whose steps were all skipped is then like any other, and memory is reserved at the start. And
+    a run may go on with an option that asks for more state (amsgrad, momentum, centered): their steps only look for it.
     """
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+    moments = _MOMENTS.get(type(optimizer))
+    if moments is None:
         return
     for group in optimizer.param_groups:
-        on_device = group["capturable"] or group["fused"]
+        on_device = group["capturable"] or group.get("fused")
         for parameter in filter(lambda one: one.requires_grad, group["params"]):
             state = optimizer.state[parameter]
             state["step"] = torch.zeros((), device=parameter.device if on_device else None)
-            for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
-                state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            for key, option in moments.items():
+                if option is None or group[option]:
+                    state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
 def _materialise_momentum(optimizer: torch.optim.Optimizer) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -107,22 +107,28 @@ class _MicroBatches:
                 yield [(position, self._order.sample(position)) for position in used]
 
 
-class _SeededSamples(Dataset[Any]):
-    """Reads a micro-batch with the random generators set from its first position.
+class _SeededBatches(Dataset[Any]):
+    """Reads and collates a micro-batch with the random generators set from its first position.
 
-    Random augmentation is then the same however many data workers there are, and after a resume.
+    What reading and collating draw is then the same however many data workers there are, and after a resume.
     """
 
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+    def __init__(self, dataset: Dataset[Any], collate: Callable[[Sequence[Any]], Any], seed: int) -> None:
         self._dataset = dataset
+        self._collate = collate
         self._seed = seed
 
-    def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[Any]:
+    def __getitems__(self, places: Sequence[tuple[int, int]]) -> Any:
         indices = [index for _, index in places]
         with seeded(derived_seed(self._seed, "samples", places[0][0])):
             if hasattr(self._dataset, "__getitems__"):
-                return list(self._dataset.__getitems__(indices))
-            return [self._dataset[index] for index in indices]
+                return self._collate(list(self._dataset.__getitems__(indices)))
+            return self._collate([self._dataset[index] for index in indices])
+
+
+def _as_it_is(batch: Any) -> Any:
+    """For the loader: the batch is collated already."""
+    return batch
 
 
 @contextmanager
@@ -216,9 +222,9 @@ class TrainingData:
         """
         order = SampleOrder(self.num_samples, self.seed)
         loader = DataLoader(
-            _SeededSamples(self.dataset, self.seed),
+            _SeededBatches(self.dataset, self.job.collate, self.seed),
             batch_sampler=_MicroBatches(order, self.shape, self.rank, steps, offset),
-            collate_fn=self.job.collate,
+            collate_fn=_as_it_is,
             num_workers=num_data_workers,
             pin_memory=pin_memory,
             worker_init_fn=leave_signals_to_parent,

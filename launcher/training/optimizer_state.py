@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from launcher.checkpoint.loading import TensorFacts
-from launcher.checkpoint.snapshot import local_part, require_plain
+from launcher.checkpoint.snapshot import local_part, plain
 from launcher.errors import JobError
 from launcher.training.likeness import require_like
 from launcher.training.step import Learner
@@ -61,7 +61,6 @@ def groups(learner: Learner) -> list[dict[str, Any]]:
     """
     found = learner.optimizer.group_state.changed()
     kind = type(learner.optimizer.optimizer).__name__
-    require_plain(found, f"{kind}.param_groups")
     for index, group in enumerate(found):
         for key, value in group.items():
             if isinstance(value, DTensor):
@@ -69,7 +68,7 @@ def groups(learner: Learner) -> list[dict[str, Any]]:
                     f"{kind}.param_groups[{index}][{key!r}] is a DTensor, which a checkpoint does not hold there: "
                     "use parallel=ddp, another optimizer, or checkpoint=none."
                 )
-    return found
+    return [plain(group, f"{kind}.param_groups[{index}]") for index, group in enumerate(found)]
 
 
 def targets(
@@ -141,7 +140,8 @@ def _empty_like(source: Tensor, fact: TensorFacts) -> Tensor:
 def load(learner: Learner, state: dict[Tensor, dict[str, Tensor]], saved_numbers: dict[str, Any]) -> None:
     """Take up what has been read into ``targets``; what the optimizer keeps in its groups is left as it is.
 
-    By torch's own loading, which knows on which device and in which type each entry belongs.
+    By torch's own loading, which knows on which device each entry belongs; but it gives all of them the parameter's
+    type, and an optimizer may keep counts, flags, or sums of another precision.
     """
     if not state:
         return
@@ -158,6 +158,12 @@ def load(learner: Learner, state: dict[Tensor, dict[str, Tensor]], saved_numbers
             entries[index] = {**optimizer.optimizer.state.get(target, {}), **entry}
     kept = optimizer.optimizer.state_dict()["param_groups"]
     optimizer.optimizer.load_state_dict({"state": entries, "param_groups": kept})
+    stepped = _stepped(learner)
+    for index, entry in entries.items():
+        loaded = optimizer.optimizer.state[stepped[index]]
+        for key, value in entry.items():
+            if isinstance(value, Tensor) and loaded[key].dtype != value.dtype:
+                loaded[key] = value.to(loaded[key].device)
 
 
 def check_groups(learner: Learner, saved: list[Any], saved_kind: str) -> None:
@@ -220,6 +226,7 @@ def _stepped(learner: Learner) -> list[Tensor]:
 def _entries(learner: Learner) -> Iterator[tuple[str, Tensor, str, Any]]:
     """Each entry of the optimizer's state: parameter's name, the parameter, key, value."""
     optimizer = learner.optimizer
+    _refuse_state_beside_parameters(optimizer.optimizer)
     for name, target in zip(learner.parameter_names, _stepped(learner), strict=True):
         if name == "?":
             raise JobError(
@@ -227,6 +234,8 @@ def _entries(learner: Learner) -> Iterator[tuple[str, Tensor, str, Any]]:
                 "and so has no name to be saved under: make it a part of the model, or use checkpoint=none."
             )
         for key, value in sorted(optimizer.optimizer.state.get(target, {}).items()):
+            if "." in key:  # where the parameter's name ends could not be told
+                raise JobError(f"{type(optimizer.optimizer).__name__} keeps {key!r}: use a key without a dot.")
             if value is None:
                 continue
             if not isinstance(value, (Tensor, bool, int, float)):
@@ -235,6 +244,22 @@ def _entries(learner: Learner) -> Iterator[tuple[str, Tensor, str, Any]]:
                     "checkpoint does not hold: use another optimizer, or checkpoint=none."
                 )
             yield name, optimizer.stepped.source(target), key, value
+
+
+def _refuse_state_beside_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """What is neither a parameter's nor a group's has no place in a checkpoint, and the run would go on without it.
+
+    Raises:
+        JobError: naming it.
+    """
+    beside = [repr(key) for key in optimizer.state if not isinstance(key, Tensor)]
+    if type(optimizer).state_dict is not torch.optim.Optimizer.state_dict:
+        beside += map(repr, optimizer.state_dict().keys() - {"state", "param_groups"})
+    if beside:
+        raise JobError(
+            f"{type(optimizer).__name__} keeps {listed(beside)} beside its parameters' state, which a checkpoint does "
+            "not hold: keep it in param_groups or in each parameter's state, or use checkpoint=none."
+        )
 
 
 def _laid_out_like(value: Tensor, source: Tensor) -> Tensor:

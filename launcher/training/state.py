@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from launcher.checkpoint.snapshot import require_plain
+from launcher.checkpoint.snapshot import plain, plain_dict
 from launcher.checkpoint.weights import MODEL_PREFIX
 from launcher.training import generators, optimizer_state
 from launcher.training.batches import Data
@@ -52,19 +52,15 @@ def private_state(learner: Learner, data: Data) -> dict[str, Any]:
         JobError: the job, the dataset or the optimizer keep something that could not be loaded safely.
     """
     job = learner.job
-    state: dict[str, Any] = {
+    return {
         "random": generators.state(learner.device),
         "buffers": {name: buffer.detach() for name, buffer in persistent_buffers(learner.model.module).items()},
-        "extra": extra_state(learner.model.module),
-        "data": data.state_dict(),
-        "job": job.state_dict() if hasattr(job, "state_dict") else {},
+        "extra": plain(extra_state(learner.model.module), "The model's extra state"),
+        "data": plain_dict(data.state_dict(), "The state_dict of the training dataset"),
+        "job": plain_dict(job.state_dict(), f"{type(job).__name__}.state_dict()") if hasattr(job, "state_dict") else {},
         "wire": learner.model.wire.state_dict(),
         "optimizer_groups": optimizer_state.groups(learner),
     }
-    require_plain(state["extra"], "The model's extra state")
-    require_plain(state["data"], "The state_dict of the training dataset")
-    require_plain(state["job"], f"{type(job).__name__}.state_dict()")
-    return state
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -77,9 +77,16 @@ class AnyJob(Job):
         return list(samples)
 
 
+class Masking(AnyJob):
+    """Draws while it collates, as masked language models do."""
+
+    def collate(self, samples: Any) -> Any:
+        return [(*sample, random.random(), float(numpy.random.rand()), float(torch.rand(()))) for sample in samples]
+
+
 def read(shape: BatchShape, steps: range, length: int, rank: int = 0, workers: int = 0, seed: int = 0) -> list[Any]:
     dataset = Numbers(length)
-    data = TrainingData(AnyJob(dataset), dataset, shape, rank, seed)
+    data = TrainingData(Masking(dataset), dataset, shape, rank, seed)
     return list(data.micro_batches(steps, workers, pin_memory=False))
 
 
@@ -192,12 +199,12 @@ def test_every_sample_is_used_once_per_epoch_across_a_change_of_workers_and_batc
     assert [index for index, *_ in first] == seen[used : used + after.micro_batch_size]
 
 
-def test_random_augmentation_does_not_depend_on_data_workers_or_on_where_reading_began() -> None:
+def test_what_reading_and_collating_draw_does_not_depend_on_data_workers_or_on_where_reading_began() -> None:
     shape = BatchShape(micro_batch_size=3, accumulation_steps=2, world_size=1)
     here = read(shape, range(4), length=10)
     assert read(shape, range(4), length=10, workers=2) == here
     assert read(shape, range(2, 4), length=10) == here[4:]
-    noise = [sample[1:] for batch in here for sample in batch]
+    noise = [drawn for batch in here for sample in batch for drawn in (sample[1:4], sample[4:])]
     assert len(set(noise)) == len(noise), "no two samples get the same noise"
     assert read(shape, range(4), length=10, seed=1) != here
 
@@ -207,7 +214,7 @@ def test_reading_leaves_the_global_generators_untouched() -> None:
         return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
     shape = BatchShape(2, 1, 1)
-    data = TrainingData(AnyJob(None), Numbers(8), shape, rank=0, seed=0)
+    data = TrainingData(Masking(None), Numbers(8), shape, rank=0, seed=0)
     stream = data.micro_batches(range(4), 0, pin_memory=False)
     next(stream)  # the loader draws a seed of its own when it starts
     before = states()

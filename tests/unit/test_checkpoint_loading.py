@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pickle
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch.distributed import checkpoint as dcp
@@ -20,7 +24,7 @@ from launcher.checkpoint.layout import LAYOUT, read_layout
 from launcher.checkpoint.loading import read_private, read_tensors, tensor_facts
 from launcher.checkpoint.manifest import DamagedError, FileRecord
 from launcher.checkpoint.saver import Saved, Saver
-from launcher.checkpoint.snapshot import Snapshot, require_plain
+from launcher.checkpoint.snapshot import Snapshot, plain, plain_dict
 from launcher.checkpoint.weights import load_model_weights
 from launcher.config.schema import Verify
 from launcher.errors import CheckpointError, JobError
@@ -53,9 +57,10 @@ def store(tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(tmp_path / "checkpoints")
 
 
-def save(store: CheckpointStore, asynchronous: bool = False) -> Checkpoint:
+def save(store: CheckpointStore, asynchronous: bool = False, **private: Any) -> Checkpoint:
     saver = Saver(store, 0, 1, CPU, asynchronous)
-    saver.begin(lambda: snapshot(weight=torch.arange(6.0).view(2, 3), half=torch.ones(4, dtype=torch.bfloat16)))
+    taken = snapshot(weight=torch.arange(6.0).view(2, 3), half=torch.ones(4, dtype=torch.bfloat16))
+    saver.begin(lambda: replace(taken, private={**taken.private, **private}))
     assert isinstance(saver.settle(), Saved)
     (checkpoint,) = store.candidates()
     assert checkpoint.problem(Verify.full) is None
@@ -217,11 +222,53 @@ def test_a_tensor_of_another_shape_or_name_is_not_read(store: CheckpointStore) -
         read_tensors(checkpoint, {"model.bias": torch.zeros(2)})
 
 
-@pytest.mark.parametrize("value", [{1, 2}, object(), {"a": [Hostile()]}, {(1, 2): 3}, torch.nn.Linear(1, 1)])
+class Word(str, Enum):
+    a = "a"
+
+
+class OwnTensor(torch.Tensor):
+    """What a loader that runs no code does not know."""
+
+
+REFUSED = [
+    {1, 2},
+    object(),
+    {"a": [Hostile()]},
+    {(1, 2): 3},
+    {None: 1},
+    {Word.a: 1},
+    {"a": Word.a},
+    {numpy.str_("a"): 1},
+    torch.nn.Linear(1, 1),
+    torch.ones(2).as_subclass(OwnTensor),
+    torch.eye(2).to_sparse(),
+]
+
+
+@pytest.mark.parametrize("value", REFUSED, ids=lambda value: type(value).__name__)
 def test_what_could_not_be_loaded_safely_is_not_saved(value: Any) -> None:
     with pytest.raises(JobError, match="The job's state"):
-        require_plain(value, "The job's state")
+        plain(value, "The job's state")
 
 
-def test_plain_values_and_tensors_are_saved() -> None:
-    require_plain({"a": [1, 2.0, "x", None, True, b"y", (torch.ones(2),)], 3: {}}, "The job's state")
+@pytest.mark.parametrize("value", [None, [1], 3, ()], ids=repr)
+def test_a_state_that_is_no_dict_is_not_saved(value: Any) -> None:
+    with pytest.raises(JobError, match=r"The job's state is a .* instead of a dict"):
+        plain_dict(value, "The job's state")
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_plain_values_and_tensors_are_saved_whatever_kind_of_dict_holds_them(
+    store: CheckpointStore, asynchronous: bool
+) -> None:
+    job = {
+        "a": [1, 2.0, "x", None, True, b"y", (torch.ones(2),)],
+        3: defaultdict(int, b=1),
+        "4": {"5/6": torch.tensor(1), "5": {"6": torch.tensor(2)}, 5: torch.tensor(3)},
+        4: {"5": torch.tensor(4)},
+        "weight": torch.nn.Parameter(torch.ones(1)) * 2,
+    }
+    checkpoint = save(store, asynchronous, job=plain_dict(job, "The job's state"))
+    found = read_private(checkpoint, 0)["job"]
+    assert type(found[3]) is dict
+    assert repr(found) == repr({**job, 3: {"b": 1}, "weight": torch.tensor([2.0])})

@@ -187,6 +187,17 @@ def test_a_checkpoint_that_was_moved_and_linked_to_is_one_and_can_be_pruned(stor
     save(store, 10)
 
 
+@pytest.mark.parametrize("target", ["nowhere", "step-00000020"])
+def test_a_link_that_leads_nowhere_is_passed_over_and_stays(store: CheckpointStore, target: str) -> None:
+    save(store, 10)
+    store.path(20).symlink_to(target)
+    found = store.newest_valid(Verify.full)
+    assert found.checkpoint is not None
+    assert found.checkpoint.step == 10
+    store.pass_over(found)
+    assert store.path(20).is_symlink()
+
+
 def test_verifying_sizes_reads_no_data_and_so_does_not_see_a_flipped_bit(store: CheckpointStore) -> None:
     checkpoint = save(store, 10)
     flip(checkpoint.path / "__0_0.distcp")

@@ -1,4 +1,4 @@
-"""What an optimizer keeps in its param_groups comes back, and its settings stay those of the configuration."""
+"""What an optimizer keeps comes back in its own type, or is refused; its settings stay those of the configuration."""
 
 from __future__ import annotations
 
@@ -32,10 +32,43 @@ class Counting(torch.optim.SGD):
         super().step(closure)
 
 
+class Sorted(Counting):
+    """Beside its parameters' own kind of number it keeps sums in FP64, velocities in BF16, a flag, and counts."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            kept = self.state[parameter]
+            for key, dtype in (("sums", torch.float64), ("velocity", torch.bfloat16), ("flags", torch.bool)):
+                kept.setdefault(key, torch.zeros_like(parameter, dtype=dtype))
+            kept["seen"] = kept.get("seen", torch.zeros((), dtype=torch.int64)) + 1
+            kept["sums"] += parameter.grad.double() ** 2 / 3
+            kept["velocity"] += parameter.grad.bfloat16()
+            kept["flags"] ^= parameter.grad > 0
+            parameter.grad.add_(kept["velocity"] * kept["flags"] / kept["sums"].sqrt() / kept["seen"])
+        super().step(closure)
+
+
 class Unsaved(Counting):
     def step(self, closure: Callable[[], float] | None = None) -> None:
         super().step(closure)
         self.param_groups[0]["made"] = object()
+
+
+class Beside(Counting):
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        super().step(closure)
+        self.state["k"] = 3
+
+
+class OwnDict(Counting):
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "slow_weights": []}
+
+
+class Dotted(Counting):
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        super().step(closure)
+        self.state[self.param_groups[0]["params"][0]]["ema.fast"] = torch.zeros(())
 
 
 def build(kind: type[torch.optim.Optimizer], **settings: Any) -> Learner:
@@ -53,11 +86,12 @@ def state(learner: Learner) -> dict[str, Any]:
     return {key: group[key] for key in ("k", "mode", "window", "distance", "made")}
 
 
-def test_what_is_kept_in_the_groups_goes_on(tmp_path: Path) -> None:
-    learner = build(Counting)
+@pytest.mark.parametrize("kind", [Counting, Sorted])
+def test_what_is_kept_goes_on_in_its_own_type(tmp_path: Path, kind: type[Counting]) -> None:
+    learner = build(kind)
     losses(learner, 3)
     save(learner, tmp_path)
-    fresh = build(Counting)
+    fresh = build(kind)
     assert load(fresh, tmp_path)[1] == []
     assert state(fresh) == {"k": 3, "mode": None, "window": (1.0, 1.5), "distance": torch.tensor(0.75), "made": 3.0}
     assert losses(fresh, 3) == losses(learner, 3)
@@ -92,9 +126,17 @@ def test_groups_that_are_no_longer_the_same_are_told(tmp_path: Path) -> None:
     assert "(distance, k, made, mode, window) begins anew: they were 1 and are 2" in note
 
 
-def test_what_cannot_be_saved_is_refused_by_name() -> None:
-    learner = build(Unsaved)
-    snapshot(learner)
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Unsaved, r"Unsaved.param_groups\[0\]\['made'\] is a builtins.object"),
+        (Beside, r"Beside keeps 'k' beside its parameters' state"),
+        (OwnDict, r"OwnDict keeps 'slow_weights' beside its parameters' state"),
+        (Dotted, r"Dotted keeps 'ema.fast': use a key without a dot"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_by_name(kind: type[Counting], words: str) -> None:
+    learner = build(kind)
     losses(learner, 1)
-    with pytest.raises(JobError, match=r"Unsaved.param_groups\[0\]\['made'\] is a builtins.object"):
+    with pytest.raises(JobError, match=words):
         snapshot(learner)

@@ -245,6 +245,7 @@ CHANGED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (optimizer("SGD"), optimizer("SGD", momentum=0.9)),
     (optimizer("SGD", momentum=0.9, nesterov=True), optimizer("SGD")),
     (optimizer("RMSprop", momentum=0.9, centered=True), optimizer("RMSprop")),
+    (optimizer("RMSprop"), optimizer("RMSprop", momentum=0.9, centered=True)),
     (optimizer("AdamW", foreach=False), optimizer("AdamW", foreach=True)),
     (optimizer("AdamW", capturable=False), optimizer("AdamW", maximize=True)),
     (optimizer("ASGD"), optimizer("ASGD", t0=10)),

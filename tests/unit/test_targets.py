@@ -156,6 +156,7 @@ def test_a_nested_target_may_leave_arguments_to_its_job(write: Write) -> None:
 def test_an_optimizer_must_be_one() -> None:
     assert "is not a torch.optim.Optimizer" in refused(optimizer={"_target_": "torch.nn.Linear", "lr": 1.0})
     assert "cannot be called" in refused(optimizer={"_target_": "torch.pi", "lr": 1.0})
+    assert "needs a closure" in refused(optimizer={"_target_": "torch.optim.LBFGS", "lr": 1.0})
 
 
 def test_a_misspelled_optimizer_argument_suggests_the_nearest() -> None:
