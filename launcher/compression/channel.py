@@ -120,6 +120,9 @@ class Channel:
     def _memory(self, key: Hashable, layout: Layout | None, gathers: bool) -> Memory | None:
         if layout is None or not self._keeps_errors:
             return None
+        former = self._memories.get(key)
+        if former is not None and former.active.layout == layout:
+            return former.active
         self.prepare(key, layout, gathers)
         memories = self._memories[key]
         known = len(memories.passing)

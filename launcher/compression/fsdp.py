@@ -18,12 +18,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo, FSDPMeshInfo
 from torch.distributed.tensor import DTensor
 
+from launcher.errors import ConfigurationError
+
 __all__ = [
     "full_name",
     "has_replicas",
     "has_shards",
     "leave_replicas_alone",
     "parameter_groups",
+    "refuse_several_meshes",
     "rows_of",
     "tell_present",
     "training_group",
@@ -37,6 +40,16 @@ def parameter_groups(module: FSDPModule) -> list[Any]:
     if groups is None:  # before torch 2.12
         groups = [state._fsdp_param_group]
     return [group for group in groups if group is not None]
+
+
+def refuse_several_meshes(model: nn.Module) -> None:
+    """Raises ConfigurationError if parameters of one FSDP2 module are on meshes of their own."""
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule) and len(parameter_groups(module)) > 1:
+            raise ConfigurationError(
+                f"The parameters of {name or 'the model'} are on several meshes (shard_placement_fn), and torch lets "
+                "nobody take over their reductions: call fully_shard on the parts that have a mesh of their own."
+            )
 
 
 def has_replicas(model: nn.Module) -> bool:

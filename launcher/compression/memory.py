@@ -104,7 +104,8 @@ class Memories:
     def __init__(self, whole: Memory, build: Callable[[Layout], Memory]) -> None:
         self.whole = whole
         self._build = build
-        self._active = whole
+        self.active = whole
+        """What the last step has worked on."""
         self._partial: dict[Layout, tuple[Memory, list[_Move], list[_Move]]] = {}
 
     def covers(self, layout: Layout) -> bool:
@@ -113,24 +114,24 @@ class Memories:
 
     def take(self, layout: Layout) -> Memory:
         """What a step with this layout works on."""
-        if self._active.layout == layout:
-            return self._active
+        if self.active.layout == layout:
+            return self.active
         self.gather()
         if layout != self.whole.layout:
             if layout not in self._partial:
                 memory = self._build(layout)
                 self._partial[layout] = memory, list(_moves(self.whole, memory)), list(_moves(memory, self.whole))
-            self._active, taken, _ = self._partial[layout]
+            self.active, taken, _ = self._partial[layout]
             for move in taken:
                 move.run()
-        return self._active
+        return self.active
 
     def gather(self) -> None:
         """Bring all errors to where they are saved; between steps."""
-        if self._active is not self.whole:
-            for move in self._partial[self._active.layout][2]:
+        if self.active is not self.whole:
+            for move in self._partial[self.active.layout][2]:
                 move.run()
-            self._active = self.whole
+            self.active = self.whole
 
     def inherit(self, former: Memories) -> None:
         """Take over the errors of another layout's parameters that are here too."""

@@ -19,6 +19,7 @@ from launcher.compression.fsdp import (
     full_name,
     leave_replicas_alone,
     parameter_groups,
+    refuse_several_meshes,
     rows_of,
     tell_present,
     training_group,
@@ -42,6 +43,7 @@ def attach_sharded(model: nn.Module, config: CompressionConfig, wire: Wire, prob
         wire: counts, and keeps errors.
         probe: looks at what goes into the reduce-scatters.
     """
+    refuse_several_meshes(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     wire.group = training_group(model)
     if config.codec is not Codec.none:

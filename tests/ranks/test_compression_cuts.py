@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -225,3 +226,22 @@ def test_a_run_in_which_some_are_never_used_goes_on_to_the_last_bit(
     pools: dict[int, Ranks], mesh: tuple[int, ...], options: dict[str, Any]
 ) -> None:
     assert all(pools[math.prod(mesh)].run(goes_on_without_some, mesh, options))
+
+
+def refused_on_two_meshes(rank: int) -> str:
+    pairs = FSDPMeshInfo(init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "shard"))["shard"], shard_mesh_dim=0)
+    model = Given(COLUMNS)
+    expert = model.parts[0]
+
+    def place(parameter: nn.Parameter) -> Any:
+        return ShardPlacementResult(Shard(0), pairs) if parameter is expert else Shard(0)
+
+    fully_shard(model, mesh=init_device_mesh("cpu", (4,)), shard_placement_fn=place)
+    with pytest.raises(ConfigurationError) as refusal:
+        attach(model, "int8")
+    return str(refusal.value)
+
+
+def test_parameters_of_one_module_on_two_meshes_are_refused(pools: dict[int, Ranks]) -> None:
+    for message in pools[4].run(refused_on_two_meshes):
+        assert message.startswith("The parameters of the model are on several meshes")
