@@ -98,6 +98,8 @@ def _go_on(run: RunDirectory, config: RunConfig, command: Sequence[str], job_may
     if has_finished(run, config):
         return Entry(run, attempt=0)
     _refuse_to_begin_again(run, config)
+    if not CheckpointStore(run.checkpoints).candidates():  # it begins
+        _check_initial_weights(config)
     asked = _refuse_live_job(run)
     lock = _take(run)
     try:

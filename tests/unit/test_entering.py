@@ -364,7 +364,7 @@ def test_a_run_that_another_launch_submits_while_this_one_waits_for_the_lock_is_
     take(run).release()
 
 
-def test_weights_to_begin_with_must_exist_but_only_for_a_new_run(tmp_path: Path) -> None:
+def test_weights_to_begin_with_must_exist_until_there_is_a_checkpoint(tmp_path: Path) -> None:
     config = configured(tmp_path, train__init_from=str(tmp_path / "weights.safetensors"))
     with pytest.raises(RunError, match=r"train.init_from=.*there is no such file"):
         entered(config)
@@ -379,4 +379,8 @@ def test_weights_to_begin_with_must_exist_but_only_for_a_new_run(tmp_path: Path)
     save_file({"weight": torch.ones(2)}, tmp_path / "weights.safetensors")
     entered(config)
     (tmp_path / "weights.safetensors").unlink()
+    os.mkfifo(tmp_path / "weights.safetensors")
+    with pytest.raises(RunError, match=r"train.init_from=.*that is no file"):  # to open it would wait for ever
+        entered(config)
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
     assert entered(config).attempt == 1
