@@ -1,4 +1,4 @@
-"""An optimizer's state, by the parameter's name: where it is read and written is where it is.
+"""An optimizer's state, by the parameter's name: it is read where it is; ``optimizer_restoring`` takes it up again.
 
 torch's ``get_optimizer_state_dict`` makes a step to find out what there is, and so changes what it looks at.
 """
@@ -12,24 +12,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from launcher.checkpoint.loading import TensorFacts
 from launcher.checkpoint.snapshot import local_part, plain
 from launcher.errors import JobError
-from launcher.training.likeness import require_like
 from launcher.training.step import Learner
 
-__all__ = [
-    "check_groups",
-    "groups",
-    "listed",
-    "load",
-    "load_groups",
-    "numbers",
-    "targets",
-    "tensors",
-]
+__all__ = ["PREFIX", "groups", "laid_out_like", "listed", "numbers", "state_entries", "stepped_by", "tensors"]
 
-_PREFIX = "optimizer."
+PREFIX = "optimizer."
 _SHOWN = 5
 
 
@@ -39,18 +28,17 @@ def tensors(learner: Learner) -> dict[str, Tensor]:
     Raises:
         JobError: something has no name, or is not a tensor or number.
     """
-    entries = _entries(learner)
     return {
-        f"{_PREFIX}{name}.{key}": _laid_out_like(value, source)
-        for name, source, key, value in entries
+        f"{PREFIX}{name}.{key}": laid_out_like(value, source)
+        for name, source, key, value in state_entries(learner)
         if isinstance(value, Tensor)
     }
 
 
 def numbers(learner: Learner) -> dict[str, Any]:
     """Every entry that is a Python number, by the name that a tensor would have."""
-    entries = _entries(learner)
-    return {f"{name}.{key}": value for name, _, key, value in entries if not isinstance(value, Tensor)}
+    found = state_entries(learner)
+    return {f"{name}.{key}": value for name, _, key, value in found if not isinstance(value, Tensor)}
 
 
 def groups(learner: Learner) -> list[dict[str, Any]]:
@@ -71,146 +59,6 @@ def groups(learner: Learner) -> list[dict[str, Any]]:
     return [plain(group, f"{kind}.param_groups[{index}]") for index, group in enumerate(found)]
 
 
-def targets(
-    learner: Learner,
-    saved_kind: str,
-    facts: dict[str, TensorFacts],
-    saved_numbers: dict[str, Any],
-    notes: list[str],
-) -> dict[Tensor, dict[str, Tensor]]:
-    """By what is stepped: a tensor to read for each saved entry of its state, by the name it was saved under.
-
-    Args:
-        learner: freshly built.
-        saved_kind: the class of the optimizer that was saved.
-        facts: of everything that was saved.
-        saved_numbers: see ``numbers``.
-        notes: gets what is left out, in words.
-
-    Raises:
-        ValueError: an entry is not what this optimizer would have there.
-    """
-    optimizer = learner.optimizer
-    ours = type(optimizer.optimizer).__name__
-    by_name: dict[str, dict[str, TensorFacts]] = {}
-    for full, fact in facts.items():
-        if full.startswith(_PREFIX):
-            by_name.setdefault(full.removeprefix(_PREFIX).rpartition(".")[0], {})[full] = fact
-    if ours != saved_kind:
-        notes.append(f"the optimizer's state is left out: it is that of {saved_kind}, and this is {ours}")
-        return {}
-    entries = {full.removeprefix(_PREFIX): fact for full, fact in facts.items() if full.startswith(_PREFIX)}
-    if new := _require_fit(learner, {**entries, **saved_numbers}):
-        notes.append(f"the optimizer did not keep {listed(new)}, which begins anew")
-    found: dict[Tensor, dict[str, Tensor]] = {}
-    for name, target in zip(learner.parameter_names, _stepped(learner), strict=True):
-        source = optimizer.stepped.source(target)
-        found[target] = {
-            full: _empty_like(source, fact) if fact.shape == source.shape else torch.empty(fact.shape, dtype=fact.dtype)
-            for full, fact in by_name.pop(name, {}).items()
-        }
-    if by_name:
-        notes.append(f"the optimizer's state is left out of what is not trained now: {listed(by_name)}")
-    return found
-
-
-def _require_fit(learner: Learner, saved: dict[str, TensorFacts | float]) -> set[str]:
-    """See that saved entries are like those that the optimizer has been built with, as far as it has been.
-
-    Returns:
-        Entries that were not kept then, for all parameters or for the one that is named.
-    """
-    new = set()
-    kept = {full.rpartition(".")[2] for full in saved}
-    of_parameters = {full.rpartition(".")[0] for full in saved}
-    for name, source, key, value in _entries(learner):
-        full = f"{name}.{key}"
-        if full in saved:
-            built = _laid_out_like(value, source) if isinstance(value, Tensor) else value
-            require_like(saved[full], built, f"the optimizer's {full}")
-        elif name in of_parameters:
-            new.add(full if key in kept else key)
-    return new
-
-
-def _empty_like(source: Tensor, fact: TensorFacts) -> Tensor:
-    return torch.zeros_like(source.detach(), dtype=fact.dtype)
-
-
-def load(learner: Learner, state: dict[Tensor, dict[str, Tensor]], saved_numbers: dict[str, Any]) -> None:
-    """Take up what has been read into ``targets``; what the optimizer keeps in its groups is left as it is.
-
-    By torch's own loading, which knows on which device each entry belongs; but it gives all of them the parameter's
-    type, and an optimizer may keep counts, flags, or sums of another precision.
-    """
-    if not state:
-        return
-    optimizer = learner.optimizer
-    entries: dict[int, dict[str, Any]] = {}
-    for index, (name, target) in enumerate(zip(learner.parameter_names, _stepped(learner), strict=True)):
-        stepped_locally = optimizer.stepped.source(target) is not target
-        entry: dict[str, Any] = {
-            full.rpartition(".")[2]: local_part(value) if stepped_locally else value
-            for full, value in state[target].items()
-        }
-        entry |= {full.rpartition(".")[2]: n for full, n in saved_numbers.items() if full.rpartition(".")[0] == name}
-        if entry:
-            entries[index] = {**optimizer.optimizer.state.get(target, {}), **entry}
-    kept = optimizer.optimizer.state_dict()["param_groups"]
-    optimizer.optimizer.load_state_dict({"state": entries, "param_groups": kept})
-    stepped = _stepped(learner)
-    for index, entry in entries.items():
-        loaded = optimizer.optimizer.state[stepped[index]]
-        for key, value in entry.items():
-            if isinstance(value, Tensor) and loaded[key].dtype != value.dtype:
-                loaded[key] = value.to(loaded[key].device)
-
-
-def check_groups(learner: Learner, saved: list[Any], saved_kind: str) -> None:
-    """See that what ``groups`` has found is like what is in the groups now, if it is this optimizer's.
-
-    Raises:
-        ValueError: naming what is not.
-    """
-    optimizer = learner.optimizer.optimizer
-    if type(optimizer).__name__ != saved_kind or len(saved) != len(optimizer.param_groups):
-        return
-    for index, (group, entries) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
-        for key, value in entries.items():
-            name = f"{saved_kind}.param_groups[{index}][{key!r}]"
-            built = group.get(key)
-            is_number = isinstance(built, (int, float))
-            if is_number and isinstance(value, Tensor) and value.numel() == 1:
-                continue  # what an optimizer keeps on the device once it has begun
-            if value is not None or is_number or isinstance(built, Tensor):
-                require_like(value, built, name)
-
-
-def load_groups(learner: Learner, saved: list[dict[str, Any]], saved_kind: str, notes: list[str]) -> None:
-    """Take up what ``groups`` has found.
-
-    Args:
-        learner: freshly built.
-        saved: one dict for each group, tensors on the CPU.
-        saved_kind: the class of the optimizer that was saved; another one's are left out.
-        notes: gets what is left out, in words.
-    """
-    optimizer = learner.optimizer.optimizer
-    if type(optimizer).__name__ != saved_kind or not any(saved):
-        return
-    if len(saved) != len(optimizer.param_groups):
-        notes.append(
-            f"what {saved_kind} keeps in its parameter groups ({listed({key for entry in saved for key in entry})}) "
-            f"begins anew: they were {len(saved)} and are {len(optimizer.param_groups)}"
-        )
-        return
-    for group, entries in zip(optimizer.param_groups, saved, strict=True):
-        for key, value in entries.items():
-            built = group.get(key)
-            device = built.device if isinstance(built, Tensor) else learner.device
-            group[key] = value.to(device) if isinstance(value, Tensor) else value
-
-
 def listed(names: Iterable[str]) -> str:
     """The first few of some names."""
     ordered = sorted(names)
@@ -218,16 +66,16 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(ordered[:_SHOWN]) + more
 
 
-def _stepped(learner: Learner) -> list[Tensor]:
+def stepped_by(learner: Learner) -> list[Tensor]:
     """What the optimizer steps, in its order."""
     return [target for group in learner.optimizer.optimizer.param_groups for target in group["params"]]
 
 
-def _entries(learner: Learner) -> Iterator[tuple[str, Tensor, str, Any]]:
+def state_entries(learner: Learner) -> Iterator[tuple[str, Tensor, str, Any]]:
     """Each entry of the optimizer's state: parameter's name, the parameter, key, value."""
     optimizer = learner.optimizer
     _refuse_state_beside_parameters(optimizer.optimizer)
-    for name, target in zip(learner.parameter_names, _stepped(learner), strict=True):
+    for name, target in zip(learner.parameter_names, stepped_by(learner), strict=True):
         if name == "?":
             raise JobError(
                 f"{type(learner.job).__name__}.parameter_groups returned a parameter that is not one of the model's, "
@@ -262,7 +110,7 @@ def _refuse_state_beside_parameters(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _laid_out_like(value: Tensor, source: Tensor) -> Tensor:
+def laid_out_like(value: Tensor, source: Tensor) -> Tensor:
     """A shard of optimizer state as the DTensor that its parameter is; anything else as it is."""
     if isinstance(source, DTensor) and not isinstance(value, DTensor) and value.ndim:
         shard = local_part(source)

@@ -23,9 +23,10 @@ from launcher.checkpoint.manifest import MANIFEST, is_count, is_number
 from launcher.checkpoint.snapshot import local_part
 from launcher.errors import CheckpointError, DamagedCheckpointError, JobError
 from launcher.precision import DynamicLossScale
-from launcher.training import generators, optimizer_state
+from launcher.training import generators, optimizer_restoring
 from launcher.training.batches import Data
 from launcher.training.likeness import fitting, kind, require_like
+from launcher.training.optimizer_state import listed
 from launcher.training.state import MODEL_PREFIX, extra_state, persistent_buffers
 from launcher.training.step import Learner
 
@@ -68,7 +69,7 @@ class Reading:
     own: dict[str, Any]
     """What belongs to this rank alone."""
     optimizer: dict[Tensor, dict[str, Tensor]]
-    """See ``optimizer_state.targets``."""
+    """See ``optimizer_restoring.targets``."""
     notes: list[str] = field(default_factory=list)
     """What is left out or begins anew, in words."""
 
@@ -91,7 +92,7 @@ def read(learner: Learner, checkpoint: Checkpoint, rank: int, world_size: int) -
     targets |= {MODEL_PREFIX + name: buffer for name, buffer in persistent_buffers(model).items()}
     _require_same_model(checkpoint, targets, facts)
     with fitting(path):
-        optimizer = optimizer_state.targets(
+        optimizer = optimizer_restoring.targets(
             learner, manifest.state["optimizer"], facts, manifest.state["optimizer_numbers"], notes
         )
     with looking_into(path, MANIFEST):
@@ -100,7 +101,7 @@ def read(learner: Learner, checkpoint: Checkpoint, rank: int, world_size: int) -
     read_tensors(checkpoint, targets | {name: target for entry in optimizer.values() for name, target in entry.items()})
     own = _read_own(learner, checkpoint, rank if same else 0)
     with fitting(path):
-        optimizer_state.check_groups(learner, own["optimizer_groups"], manifest.state["optimizer"])
+        optimizer_restoring.check_groups(learner, own["optimizer_groups"], manifest.state["optimizer"])
     if same:
         with looking_into(path, rank_file(rank)):
             generators.check(own["random"], learner.device)
@@ -112,7 +113,7 @@ def read(learner: Learner, checkpoint: Checkpoint, rank: int, world_size: int) -
     if gone := sorted(own["extra"].keys() - extra_state(model).keys()):
         raise CheckpointError(
             f"{path} is not of this model: it has the extra state of "
-            f"{optimizer_state.listed(name or 'the model itself' for name in gone)}, where "
+            f"{listed(name or 'the model itself' for name in gone)}, where "
             "the model has none. Start a new run for another model, or undo the change."
         )
     return Reading(checkpoint, same, own, optimizer, notes)
@@ -135,7 +136,7 @@ def take_up(learner: Learner, data: Data, reading: Reading) -> list[str]:
             "training data is an IterableDataset, whose state is that of each rank alone. "
             f"Go on with {manifest.world_size} ranks, or use a map-style dataset."
         )
-    optimizer_state.load(learner, reading.optimizer, manifest.state["optimizer_numbers"])
+    optimizer_restoring.load(learner, reading.optimizer, manifest.state["optimizer_numbers"])
     learner.steps = manifest.step
     learner.expected_items = manifest.state["expected_items"]
     for name, value in own["extra"].items():
@@ -153,7 +154,7 @@ def take_up(learner: Learner, data: Data, reading: Reading) -> list[str]:
         buffers = persistent_buffers(model)
         for name, value in own["buffers"].items():
             local_part(buffers[name]).copy_(local_part(value))
-    optimizer_state.load_groups(learner, own["optimizer_groups"], manifest.state["optimizer"], notes)
+    optimizer_restoring.load_groups(learner, own["optimizer_groups"], manifest.state["optimizer"], notes)
     learner.model.wire.load_state_dict(lambda which: read_private(checkpoint, which)["wire"], manifest.world_size)
     if reading.same_ranks:  # last: the user's code above may draw
         generators.set_state(own["random"], learner.device)
@@ -185,7 +186,7 @@ def _require_same_model(checkpoint: Checkpoint, targets: dict[str, Tensor], fact
     lines = [f"{checkpoint.path} is not of this model:"]
     for names, words in ((missing, "it lacks"), (added, "it has, and the model has not,")):
         if names:
-            lines.append(f"  {words} {optimizer_state.listed(names)}")
+            lines.append(f"  {words} {listed(names)}")
     lines += [f"  {name} is {tuple(saved[name].shape)} there and {tuple(targets[name].shape)} here" for name in other]
     lines += [f"  {name} is {saved[name].dtype} there and {targets[name].dtype} here" for name in kinds]
     lines.append("Start a new run for another model (train.init_from takes weights that fit), or undo the change.")
@@ -222,7 +223,7 @@ def _read_own(learner: Learner, checkpoint: Checkpoint, rank: int) -> dict[str, 
 def _check_buffers(learner: Learner, saved: Mapping[str, Any]) -> None:
     buffers = {name: local_part(buffer) for name, buffer in persistent_buffers(learner.model.module).items()}
     if differing := sorted(buffers.keys() ^ saved.keys()):
-        raise ValueError(f"not the model's buffers: {optimizer_state.listed(differing)}")
+        raise ValueError(f"not the model's buffers: {listed(differing)}")
     for name, buffer in buffers.items():
         require_like(saved[name], buffer, name)
 
