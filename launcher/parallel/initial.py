@@ -33,6 +33,10 @@ def load_initial_weights(module: nn.Module, path: Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
+    if not path.is_file():  # to open a pipe would wait for ever
+        raise RequestError(
+            f"train.init_from={path} cannot be read: it is no file. Give one as launch export writes it."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,9 @@ def test_whole_numbers_become_weights_and_empty_and_complex_ones_stay(tmp_path: 
     load_initial_weights(model, tmp_path / "file")
     assert model.weight.tolist() == [[1.0, 2.0]]
     assert model.phases.tolist() == [1j, 2.0]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "weights.safetensors")
+    with pytest.raises(RequestError, match="cannot be read: it is no file"):
+        load_initial_weights(nn.Linear(2, 2), tmp_path / "weights.safetensors")
