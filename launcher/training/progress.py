@@ -6,15 +6,15 @@ import math
 import time
 from dataclasses import dataclass
 
-from launcher.checkpoint import Checkpoint, Manifest
+from launcher.checkpoint import Manifest
 from launcher.checkpoint.snapshot import Snapshot
 from launcher.training import optimizer_state
 from launcher.training.batches import Data
-from launcher.training.restoring import Reading, read, take_up
+from launcher.training.restoring import Reading, take_up
 from launcher.training.state import aliases, private_state, shared_tensors
 from launcher.training.step import Learner
 
-__all__ = ["Best", "Identity", "Progress", "continued", "resumed", "take_snapshot"]
+__all__ = ["Best", "Identity", "Progress", "continued", "take_snapshot"]
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,6 @@ def take_snapshot(learner: Learner, data: Data, identity: Identity, progress: Pr
         created=time.time(),
     )
     return Snapshot(shared_tensors(learner, identity.rank), private_state(learner, data), manifest)
-
-
-def resumed(learner: Learner, data: Data, identity: Identity, checkpoint: Checkpoint) -> tuple[Progress, list[str]]:
-    """``restoring.read`` and ``continued``, where there is no other checkpoint to take."""
-    return continued(learner, data, identity, read(learner, checkpoint, identity.rank, identity.world_size))
 
 
 def continued(learner: Learner, data: Data, identity: Identity, reading: Reading) -> tuple[Progress, list[str]]:

@@ -105,7 +105,7 @@ def read(learner: Learner, checkpoint: Checkpoint, rank: int, world_size: int) -
     if same:
         with looking_into(path, rank_file(rank)):
             generators.check(own["random"], learner.device)
-        with fitting(path):
+        with looking_into(path, rank_file(rank)), fitting(path):
             _check_buffers(learner, own["buffers"])
     else:  # the others' errors on the wire are wanted too: each rank looks at a share of them
         for other in range(rank, manifest.world_size, world_size):
@@ -167,7 +167,10 @@ def take_up(learner: Learner, data: Data, reading: Reading) -> list[str]:
 
 
 def _check_state(checkpoint: Checkpoint) -> None:
-    state = checkpoint.manifest.state
+    manifest, state = checkpoint.manifest, checkpoint.manifest.state
+    if manifest.applied_steps > manifest.step:
+        reason = f"in its manifest {manifest.applied_steps} of {manifest.step} steps were applied"
+        raise DamagedCheckpointError(checkpoint.path, reason)
     for name, fits in _STATE.items():
         if not fits(state.get(name)):
             found = repr(state.get(name))[:60]

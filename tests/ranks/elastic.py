@@ -20,7 +20,8 @@ from launcher.config.schema import Verify
 from launcher.environment import Ranks
 from launcher.training.batches import BatchShape, TrainingData
 from launcher.training.digest import parameters_digest
-from launcher.training.progress import Identity, Progress, resumed, take_snapshot
+from launcher.training.progress import Identity, Progress, continued, take_snapshot
+from launcher.training.restoring import read
 from launcher.training.step import Learner, train_step
 from tests.ranks.padded_job import Padded, Sequences
 from tests.unit.configs import good_config
@@ -111,7 +112,7 @@ def load(rank: int, world_size: int, folder: str, settings: dict[str, Any]) -> d
     learner, data, identity = build(rank, world_size, settings)
     found = CheckpointStore(Path(folder)).newest_valid(Verify.full)
     assert found.checkpoint is not None
-    progress, notes = resumed(learner, data, identity, found.checkpoint)
+    progress, notes = continued(learner, data, identity, read(learner, found.checkpoint, rank, world_size))
     state = state_digests(learner)
     residue = learner.model.wire.residues[-1].feedback.kept.tolist()
     return {

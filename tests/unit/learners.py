@@ -16,7 +16,8 @@ from launcher.checkpoint.snapshot import Snapshot
 from launcher.config.schema import RunConfig, Verify
 from launcher.environment import Ranks
 from launcher.training.batches import BatchShape, TrainingData
-from launcher.training.progress import Best, Identity, Progress, resumed, take_snapshot
+from launcher.training.progress import Best, Identity, Progress, continued, take_snapshot
+from launcher.training.restoring import read
 from launcher.training.step import Learner
 from tests.unit.configs import good_config
 
@@ -75,7 +76,7 @@ def load(learner: Learner, folder: Path, verify: Verify = Verify.full) -> tuple[
     """The newest checkpoint of ``save``, into a learner that was freshly built."""
     found = CheckpointStore(folder / "checkpoints").newest_valid(verify)
     assert found.checkpoint is not None
-    return resumed(learner, uneven_data(), _IDENTITY, found.checkpoint)
+    return continued(learner, uneven_data(), _IDENTITY, read(learner, found.checkpoint, rank=0, world_size=1))
 
 
 def learner_for(job: Job | None = None, accumulation_steps: int = 1, **changes: Any) -> Learner:
