@@ -15,7 +15,7 @@ MISTAKES = {
     "a misspelled key": (["train.max_step=3"], "Did you mean 'max_steps'?"),
     "a misspelled group": (["presicion=fp16"], "Did you mean 'precision'?"),
     "an unknown option": (["precision=fp61"], "Did you mean 'fp16'? Valid: bf16, fp16, fp32."),
-    "a wrong type": (["train.max_steps=many"], "train.max_steps: Value 'many'"),
+    "a wrong type": (["train.max_steps=many"], "train.max_steps=many is not a whole number"),
     "an unknown word": (["device=tpu"], "expected one of [auto, cpu, cuda]"),
     "a negative size": (["train.micro_batch_size=-2"], "train.micro_batch_size=-2 is too small"),
     "both lengths": (["train.max_epochs=1"], "both are given. Give exactly one"),
