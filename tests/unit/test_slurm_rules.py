@@ -82,7 +82,7 @@ class TestBatchFile:
         )
         options = ["nodes=2", "ntasks-per-node=1", "partition=long", "account=me", "qos=high", "cpus-per-task=12"]
         options += ["gpus-per-node=4", "mem=1536M", "time=90", "signal=USR2@140", "requeue", "job-name=run"]
-        options += [f"chdir={RUN}/submission/0/code"]
+        options += [f"chdir={shlex.quote(f'{RUN}/submission/0/code')}"]
         for option in options:
             assert f"#SBATCH --{option}\n" in written, option
         (srun,) = [line for line in written.splitlines() if line.startswith("srun")]
