@@ -213,6 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     default = Options()
     for name in ("nodes", "gpus", "cpus", "memory_mib", "slurmd_timeout_seconds", "requeue_delay_seconds"):
         up.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(default, name), help="%(default)s")
+    up.add_argument("--bind-cpus", action="store_true", help="bind tasks to the machine's CPUs")
     up.add_argument("--rate", help="of each link, each way, such as 1gbit; unlimited")
     up.add_argument("--while-alive", type=int, metavar="PID", help="take the cluster down once this process has gone")
 

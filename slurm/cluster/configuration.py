@@ -27,7 +27,7 @@ class Options:
     gpus: int = 2
     """Made-up GPUs of each node: a GRES on a device file that is like /dev/null."""
     cpus: int = 4
-    """That each node claims to have, whatever the machine has."""
+    """That each node claims to have, whatever the machine has (but for ``bind_cpus``)."""
     memory_mib: int = 8000
     """That each node claims to have."""
     rate: str | None = None
@@ -36,11 +36,23 @@ class Options:
     """A node that does not answer is DOWN after this and some ten seconds more, and its jobs are requeued."""
     requeue_delay_seconds: int = 5
     """A requeued job waits so long (SLURM's own default is 120)."""
+    bind_cpus: bool = False
+    """Each task is bound to its CPUs; a node then claims no more than the machine has, and all have the same ones."""
 
     @property
     def names(self) -> list[str]:
         """Of the nodes."""
         return [f"node{number}" for number in range(1, self.nodes + 1)]
+
+    @property
+    def cpus_of_a_node(self) -> int:
+        """That it claims to have."""
+        return min(self.cpus, os.cpu_count() or 1) if self.bind_cpus else self.cpus
+
+    @property
+    def task_plugin(self) -> str:
+        """SLURM's."""
+        return "task/affinity" if self.bind_cpus else "task/none"
 
     def address(self, node: str) -> str:
         """Of a node's eth0."""
@@ -133,7 +145,7 @@ def slurm_conf(places: Places, options: Options) -> str:
     """The text of slurm.conf."""
     root = places.directory
     gres = f"Gres=gpu:{options.gpus}" if options.gpus else ""
-    node = f"CPUs={options.cpus} RealMemory={options.memory_mib} {gres} State=UNKNOWN"
+    node = f"CPUs={options.cpus_of_a_node} RealMemory={options.memory_mib} {gres} State=UNKNOWN"
     nodes = [f"NodeName={name} NodeAddr={options.address(name)} {node}" for name in options.names]
     return "\n".join([_SETTINGS.format(root=root, socket=places.munge_socket, options=options), *nodes, _PARTITIONS])
 
@@ -153,9 +165,9 @@ SlurmdPidFile={root}/pids/slurmd-%n
 SlurmctldLogFile={root}/logs/slurmctld.log
 SlurmdLogFile={root}/logs/%n.log
 
-# One kernel for all nodes: no cgroups, no binding, and CPUs that are not there.
+# One kernel for all nodes: no cgroups, and, unless they are bound to, CPUs that are not there.
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin={options.task_plugin}
 SlurmdParameters=config_overrides
 MpiDefault=none
 SelectType=select/cons_tres
