@@ -66,12 +66,20 @@ class Reading:
     checkpoint: Checkpoint
     same_ranks: bool
     """Whether it was saved on as many."""
+    own_rank: int
+    """Whose file ``own`` is: this rank's, or the first's on another number of ranks."""
     own: dict[str, Any]
-    """What belongs to this rank alone."""
+    """What belongs to that rank alone."""
     optimizer: dict[Tensor, dict[str, Tensor]]
     """See ``optimizer_restoring.targets``."""
     notes: list[str] = field(default_factory=list)
     """What is left out or begins anew, in words."""
+
+    def wire_of(self, rank: int) -> dict[str, Tensor]:
+        """What a rank's wire has kept."""
+        own = self.own if rank == self.own_rank else read_private(self.checkpoint, rank)
+        found: dict[str, Tensor] = own["wire"]
+        return found
 
 
 def read(learner: Learner, checkpoint: Checkpoint, rank: int, world_size: int) -> Reading:
@@ -99,7 +107,8 @@ def read(learner: Learner, checkpoint: Checkpoint, rank: int, world_size: int) -
         _read_loss_scale(learner, manifest.loss_scale, manifest.dtype, notes)
         learner.schedule.applied_steps.fill_(manifest.applied_steps)
     read_tensors(checkpoint, targets | {name: target for entry in optimizer.values() for name, target in entry.items()})
-    own = _read_own(learner, checkpoint, rank if same else 0)
+    own_rank = rank if same else 0
+    own = _read_own(learner, checkpoint, own_rank)
     with fitting(path):
         optimizer_restoring.check_groups(learner, own["optimizer_groups"], manifest.state["optimizer"])
     if same:
@@ -116,7 +125,7 @@ def read(learner: Learner, checkpoint: Checkpoint, rank: int, world_size: int) -
             f"{listed(name or 'the model itself' for name in gone)}, where "
             "the model has none. Start a new run for another model, or undo the change."
         )
-    return Reading(checkpoint, same, own, optimizer, notes)
+    return Reading(checkpoint, same, own_rank, own, optimizer, notes)
 
 
 def take_up(learner: Learner, data: Data, reading: Reading) -> list[str]:
@@ -155,7 +164,7 @@ def take_up(learner: Learner, data: Data, reading: Reading) -> list[str]:
         for name, value in own["buffers"].items():
             local_part(buffers[name]).copy_(local_part(value))
     optimizer_restoring.load_groups(learner, own["optimizer_groups"], manifest.state["optimizer"], notes)
-    learner.model.wire.load_state_dict(lambda which: read_private(checkpoint, which)["wire"], manifest.world_size)
+    learner.model.wire.load_state_dict(reading.wire_of, manifest.world_size)
     if reading.same_ranks:  # last: the user's code above may draw
         generators.set_state(own["random"], learner.device)
     else:

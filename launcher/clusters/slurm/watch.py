@@ -29,8 +29,8 @@ _CHANNEL_SECONDS = 0.5
 _LIMIT_SECONDS = 60.0
 _SHELL_SECONDS = 0.5
 _SHELL_LOOKS = 10
-_MOST_NODES = 6
-"""That wait for those before them."""
+_ASKING_NODES = 4
+"""A controller has better to do than to answer all nodes of a large job."""
 _CAUTION = 2.0
 """The lead is this many times the longest that a step and a save have taken together."""
 
@@ -59,13 +59,15 @@ def watch_shell(place: JobPlace, forwarder: StopForwarder) -> None:
     """Bring the job back if the shell of its batch file is killed: SLURM takes that for its end, and requeues nothing.
 
     It sends SIGTERM to all tasks then, which stop and save, and SIGKILL after KillWait: the requeue does not wait for
-    the save. Any node can ask for it, and each does, one after the other, as the first may have been killed too.
+    the save. Any node can ask for it, and the first ones do, one after the other, as one may have been killed too.
     """
+    if place.node >= _ASKING_NODES:
+        return
 
     def watch() -> None:
         while forwarder.requested is None:
             time.sleep(_SHELL_SECONDS)
-        time.sleep(_SHELL_SECONDS * min(place.node, _MOST_NODES))
+        time.sleep(_SHELL_SECONDS * place.node)
         for _ in range(_SHELL_LOOKS):
             with suppress(QueueError):
                 job = queue.show(place.job_id)
