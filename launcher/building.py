@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from launcher.precision import (
     build_loss_scale,
     is_elementwise,
 )
-from launcher.training.batches import BatchShape, checked_dataset, derived_seed, training_data
+from launcher.training.batches import BatchShape, Data, checked_dataset, derived_seed, training_data
 from launcher.training.beginning import build_and_read
 from launcher.training.checkpointing import Checkpoints, NoCheckpoints, RunCheckpoints
 from launcher.training.loop import Trainer, total_steps
@@ -79,50 +80,74 @@ def build_trainer(
     shape = BatchShape(train.micro_batch_size, accumulation_steps(config, ranks.world_size), ranks.world_size)
     data = training_data(job, dataset, shape, ranks.rank, config.seed)
 
-    def build(done: Manifest | None) -> tuple[Learner, int]:
-        before = (done.step, done.samples) if done is not None else (0, 0)
-        steps = total_steps(train, shape.global_batch_size, data.num_samples, *before)
-        learner = build_learner(config, job, device, ranks, shape, steps)
-        _seed_everything(derived_seed(config.seed, "rank", ranks.rank, before[0]))
-        return learner, steps
-
-    learner, steps, found, reading = build_and_read(store, config.checkpoint, ranks.rank, ranks.world_size, build)
-    done = found.checkpoint.manifest if found.checkpoint is not None else None
-    identity = _identity(config, ranks)
-    progress, notes = Progress(), list[str]()
-    if reading is not None:
-        progress, notes = continued(learner, data, identity, reading)
-    elif train.init_from is not None:
-        load_initial_weights(learner.model.module, Path(train.init_from))
-    if ranks.rank == 0 and config.checkpoint.enabled:
-        store.clean()
-        store.pass_over(found)
+    begun = _begin(config, job, data, device, ranks, store)
     facts = RunFacts(
         config=config,
-        total_steps=steps,
+        total_steps=begun.total_steps,
         global_batch_size=shape.global_batch_size,
         num_samples=data.num_samples,
         device=device,
         hosts=_all_hosts(ranks),
-        sample_offset=progress.offset,
+        sample_offset=begun.progress.offset,
     )
     reporter = report_to(facts)
-    if found.checkpoint is not None:
-        _report_resume(reporter, found, notes)
+    if begun.found.checkpoint is not None:
+        _report_resume(reporter, begun.found, begun.notes)
     return Trainer(
-        learner=learner,
+        learner=begun.learner,
         data=data,
         validation=validation,
         config=train,
         loss_scale=config.precision.loss_scale,
-        total_steps=steps,
+        total_steps=begun.total_steps,
         reporter=reporter,
         stop=stop,
         hosts=facts.hosts,
-        identity=identity,
-        progress=progress,
-        checkpoints=_checkpoints(store, config, device, ranks, reporter, progress, done),
+        identity=begun.identity,
+        progress=begun.progress,
+        checkpoints=_checkpoints(store, config, device, ranks, reporter, begun),
     )
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """Where an attempt begins."""
+
+    learner: Learner
+    total_steps: int
+    found: Found
+    """The checkpoint that it goes on from, if there is one."""
+    identity: Identity
+    progress: Progress
+    notes: list[str]
+    """What is not as it was, in words."""
+
+
+def _begin(
+    config: RunConfig, job: Job, data: Data, device: torch.device, ranks: Ranks, store: CheckpointStore
+) -> _Beginning:
+    """Build the learner, and put it where the run stands; newer checkpoints that are damaged are set aside.
+
+    Collective.
+    """
+
+    def build(done: Manifest | None) -> tuple[Learner, int]:
+        before = (done.step, done.samples) if done is not None else (0, 0)
+        steps = total_steps(config.train, data.shape.global_batch_size, data.num_samples, *before)
+        learner = build_learner(config, job, device, ranks, data.shape, steps)
+        _seed_everything(derived_seed(config.seed, "rank", ranks.rank, before[0]))
+        return learner, steps
+
+    learner, steps, found, reading = build_and_read(store, config.checkpoint, ranks.rank, ranks.world_size, build)
+    identity, progress, notes = _identity(config, ranks), Progress(), list[str]()
+    if reading is not None:
+        progress, notes = continued(learner, data, identity, reading)
+    elif config.train.init_from is not None:
+        load_initial_weights(learner.model.module, Path(config.train.init_from))
+    if ranks.rank == 0 and config.checkpoint.enabled:
+        store.clean()
+        store.pass_over(found)
+    return _Beginning(learner, steps, found, identity, progress, notes)
 
 
 def build_learner(
@@ -208,8 +233,7 @@ def _checkpoints(
     device: torch.device,
     ranks: Ranks,
     reporter: Reporter,
-    progress: Progress,
-    done: Manifest | None,
+    begun: _Beginning,
 ) -> Checkpoints:
     settings = config.checkpoint
     if not settings.enabled:
@@ -223,8 +247,8 @@ def _checkpoints(
         settings.asynchronous,
         prune=partial(store.prune, settings.keep, settings.keep_best, settings.best_metric, highest),
     )
-    last_step = done.step if done is not None else None
-    return RunCheckpoints(saver, settings, reporter, ranks.rank, last_step=last_step, best=progress.best)
+    last_step = begun.found.checkpoint.step if begun.found.checkpoint is not None else None
+    return RunCheckpoints(saver, settings, reporter, ranks.rank, last_step=last_step, best=begun.progress.best)
 
 
 def _all_hosts(ranks: Ranks) -> tuple[str, ...]:
