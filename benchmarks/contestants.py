@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from launcher.building import build_learner
 from launcher.config.schema import (
     Device,
     Dtype,
@@ -28,6 +27,7 @@ from launcher.config.schema import (
     TrainConfig,
 )
 from launcher.environment import Ranks
+from launcher.learner import build_learner
 from launcher.training.batches import BatchShape
 from launcher.training.step import Learner
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,40 +10,29 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.utils.data import IterableDataset
 
 from launcher.checkpoint import CheckpointStore, Found, Manifest
 from launcher.checkpoint.saver import Saver
 from launcher.config.files import to_yaml
-from launcher.config.instantiate import build_job, build_optimizer, optimizer_factory
-from launcher.config.schema import BestMode, Dtype, RunConfig, Strategy
-from launcher.config.sizes import accumulation_steps, node_range, shard_ranks
+from launcher.config.instantiate import build_job
+from launcher.config.schema import BestMode, RunConfig
+from launcher.config.sizes import accumulation_steps, node_range
 from launcher.environment import Ranks
 from launcher.errors import JobError
 from launcher.job import Job
+from launcher.learner import build_learner, seed_everything
 from launcher.observe import Reporter, RunFacts
-from launcher.parallel import Layout, parallelize
 from launcher.parallel.initial import load_initial_weights
-from launcher.precision import (
-    ControlCollective,
-    FoldedOptimizer,
-    SteppedParameters,
-    build_loss_scale,
-    is_elementwise,
-)
 from launcher.training.batches import BatchShape, Data, checked_dataset, derived_seed, training_data
 from launcher.training.beginning import build_and_read
 from launcher.training.checkpointing import Checkpoints, NoCheckpoints, RunCheckpoints
 from launcher.training.loop import Trainer, total_steps
 from launcher.training.progress import Identity, Progress, continued
-from launcher.training.schedule import Schedule
 from launcher.training.step import Learner
 from launcher.training.stop import StopRequest
 
-__all__ = ["build_learner", "build_trainer"]
-
-_DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16, Dtype.float16: torch.float16}
+__all__ = ["build_trainer"]
 
 
 def build_trainer(
@@ -135,7 +123,7 @@ def _begin(
         before = (done.step, done.samples) if done is not None else (0, 0)
         steps = total_steps(config.train, data.shape.global_batch_size, data.num_samples, *before)
         learner = build_learner(config, job, device, ranks, data.shape, steps)
-        _seed_everything(derived_seed(config.seed, "rank", ranks.rank, before[0]))
+        seed_everything(derived_seed(config.seed, "rank", ranks.rank, before[0]))
         return learner, steps
 
     learner, steps, found, reading = build_and_read(store, config.checkpoint, ranks.rank, ranks.world_size, build)
@@ -148,46 +136,6 @@ def _begin(
         store.clean()
         store.pass_over(found)
     return _Beginning(learner, steps, found, identity, progress, notes)
-
-
-def build_learner(
-    config: RunConfig, job: Job, device: torch.device, ranks: Ranks, shape: BatchShape, steps: int
-) -> Learner:
-    """The model, laid out over the ranks, with all that a step needs; the same weights for the same seed."""
-    _seed_everything(derived_seed(config.seed, "model"))
-    dtype = _DTYPES[config.precision.dtype]
-    layout = Layout(
-        device=device,
-        dtype=dtype,
-        world_size=ranks.world_size,
-        shard_size=_shard_size(config, ranks),
-        compile=config.train.compile,
-        probe=config.precision.loss_scale.enabled and config.precision.loss_scale.attribute,
-        compression=config.compression,
-    )
-    model = parallelize(job, config.parallel, layout)
-    groups = list(job.parameter_groups(model.module))
-    if not groups:
-        raise JobError(f"{type(job).__name__}: there is no parameter to train; every one is frozen, or there is none.")
-    stepped = SteppedParameters()
-    if is_elementwise(optimizer_factory(config.optimizer)):
-        groups = stepped.local(groups)
-    optimizer = FoldedOptimizer(build_optimizer(config.optimizer, groups), stepped)
-    return Learner(
-        job=job,
-        model=model,
-        optimizer=optimizer,
-        parameter_names=_parameter_names(model.module, optimizer),
-        loss_scale=build_loss_scale(config.precision.loss_scale, device),
-        schedule=Schedule(config.schedule, steps, device),
-        control=ControlCollective(device, ranks.world_size, ranks.rank),
-        device=device,
-        dtype=dtype,
-        max_grad_norm=config.train.max_grad_norm,
-        world_size=ranks.world_size,
-        accumulation_steps=shape.accumulation_steps,
-        measure_every=config.train.log_every,
-    )
 
 
 def _refuse_unfit_data(config: RunConfig, job: Job, dataset: object, validation: object) -> None:
@@ -256,25 +204,3 @@ def _all_hosts(ranks: Ranks) -> tuple[str, ...]:
     hosts: list[str] = [""] * ranks.world_size
     dist.all_gather_object(hosts, ranks.host)
     return tuple(hosts)
-
-
-def _parameter_names(model: nn.Module, optimizer: FoldedOptimizer) -> list[str]:
-    """Of what is trained, by module path, in the optimizer's order."""
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return [names.get(parameter, "?") for parameter in optimizer.parameters]
-
-
-def _shard_size(config: RunConfig, ranks: Ranks) -> int:
-    """The ranks that share one copy of the master weights."""
-    if config.parallel.strategy is Strategy.ddp:
-        return 1
-    return shard_ranks(config) if config.parallel.strategy is Strategy.hsdp else ranks.world_size
-
-
-def _seed_everything(seed: int) -> None:
-    """Python's, NumPy's and torch's generators, CUDA's included."""
-    import numpy
-
-    random.seed(seed)
-    numpy.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

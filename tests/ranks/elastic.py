@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from launcher import LossOutput
-from launcher.building import build_learner
 from launcher.checkpoint import CheckpointStore
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.compression.feedback import Feedback
@@ -18,6 +17,7 @@ from launcher.compression.layout import Slice
 from launcher.compression.wire import Residue
 from launcher.config.schema import Verify
 from launcher.environment import Ranks
+from launcher.learner import build_learner
 from launcher.training.batches import BatchShape, TrainingData
 from launcher.training.digest import parameters_digest
 from launcher.training.progress import Identity, Progress, continued, take_snapshot

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from launcher import Job, LossOutput
-from launcher.building import build_learner
 from launcher.environment import Ranks as Place
+from launcher.learner import build_learner
 from launcher.training.batches import BatchShape
 from launcher.training.step import train_step
 from tests.ranks.processes import Ranks

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from launcher import Job, LossOutput
-from launcher.building import build_learner
 from launcher.checkpoint import CheckpointStore
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.checkpoint.snapshot import Snapshot
 from launcher.config.schema import RunConfig, Verify
 from launcher.environment import Ranks
+from launcher.learner import build_learner
 from launcher.training.batches import BatchShape, TrainingData
 from launcher.training.progress import Best, Identity, Progress, continued, take_snapshot
 from launcher.training.restoring import read
