@@ -1,6 +1,7 @@
 """Two hosts on one machine: network namespaces joined by a rate-limited link. Needs root, and Debian's iproute2.
 
-What is made is removed again, after a failure too; nothing of the machine's own network is touched.
+What is made is removed again, after a failure too; nothing of the machine's own network is touched. TCP's congestion
+control is that of most clusters, Linux' default, whatever this machine has: it decides how full a link gets.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["INTERFACE", "Host", "bytes_sent_here", "two_hosts", "why_not"]
+__all__ = ["CONGESTION_CONTROL", "INTERFACE", "Host", "bytes_sent_here", "two_hosts", "why_not"]
 
 INTERFACE = "link0"
 """The link's name on both hosts."""
+CONGESTION_CONTROL = "cubic"
+_NETWORK = "10.77.0.0/24"
+_AVAILABLE = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,11 @@ def why_not() -> str | None:
     if os.geteuid() != 0:
         return "making network namespaces needs root"
     missing = [tool for tool in ("ip", "tc", "nsenter") if shutil.which(tool) is None]
-    return f"{', '.join(missing)} not found (Debian: iproute2, util-linux)" if missing else None
+    if missing:
+        return f"{', '.join(missing)} not found (Debian: iproute2, util-linux)"
+    if CONGESTION_CONTROL not in _AVAILABLE.read_text().split():
+        return f"the kernel has no {CONGESTION_CONTROL}, TCP's congestion control here (modprobe tcp_cubic)"
+    return None
 
 
 @contextmanager
@@ -58,6 +66,8 @@ def two_hosts(rate: str) -> Iterator[tuple[Host, Host]]:
             _do(f"{inside} addr add {host.address}/24 dev {INTERFACE}")
             _do(f"{inside} link set lo up")
             _do(f"{inside} link set {INTERFACE} up")
+            # By the route, since a namespace may not choose another than the machine's.
+            _do(f"{inside} route replace {_NETWORK} dev {INTERFACE} src {host.address} congctl {CONGESTION_CONTROL}")
             _do(f"tc -n {host.namespace} qdisc add dev {INTERFACE} root tbf rate {rate} burst 256kb latency 200ms")
         yield hosts[0], hosts[1]
     finally:

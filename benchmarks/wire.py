@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.wire`` as root; ``--quick`` for a look. Milliseconds are of forward and backward of an MLP with
 10.5 M parameters; bytes are what the first host's interface has sent. The last column is the link's utilisation by
-the reduction alone, of one tensor of that size.
+the reduction alone, of one tensor of that size, once TCP has found the link's rate.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from benchmarks.common import print_table
 from benchmarks.network import bytes_sent_here, two_hosts, why_not
 from launcher.compression import Wire, attach, preferred_bucket_mib
 from launcher.compression.channel import Channel
+from launcher.compression.layout import Layout
 from launcher.compression.links import Team, reduce_scatter
 from launcher.config.schema import Accumulate, Codec, CompressionConfig
 
@@ -109,14 +110,26 @@ def _measured(step: Callable[[], None], steps: int) -> tuple[float, int]:
     return (time.perf_counter() - started) / steps, (bytes_sent_here() - before) // steps
 
 
-def _alone(name: str, flat: Tensor) -> Callable[[], None]:
-    """The reduction of one tensor, with no backward pass."""
+def _settled(step: Callable[[], None], rounds: int, steps: int) -> list[tuple[float, int]]:
+    """Rounds of steps after those that warm up."""
+    _measured(step, _WARM_UP_STEPS)
+    return [_measured(step, steps) for _ in range(rounds)]
+
+
+def _channel(name: str, flat: Tensor) -> tuple[Channel, Wire, Layout]:
+    """With errors of the whole tensor, if the codec keeps any."""
     wire = Wire(flat.device)
     channel = Channel(Team(dist.group.WORLD, flat.device), ALONE[name], wire, "benchmark")
+    return channel, wire, Layout.of_bucket([("flat", flat.numel())])
+
+
+def _alone(name: str, flat: Tensor) -> Callable[[], None]:
+    """The reduction of one tensor, with no backward pass."""
+    channel, wire, layout = _channel(name, flat)
 
     def step() -> None:
         wire.begin(torch.ones(()))
-        channel.run_mean(0, flat, None)
+        channel.run_mean(0, flat, layout)
         wire.conclude(torch.zeros(()))
 
     return step
@@ -129,13 +142,12 @@ def _sharded(name: str, flat: Tensor) -> Callable[[], None]:
         source = flat.to(_TORCH_SHARDED[name])
         target = torch.empty(flat.numel() // world_size, dtype=source.dtype)
         return lambda: reduce_scatter(target, source, op=dist.ReduceOp.SUM)
-    wire = Wire(flat.device)
-    channel = Channel(Team(dist.group.WORLD, flat.device), ALONE[name], wire, "benchmark")
+    channel, wire, layout = _channel(name, flat)
     shard = torch.empty(flat.numel() // world_size)
 
     def step() -> None:
         wire.begin(torch.ones(()))
-        channel.run_shard_mean(0, flat, shard, None)
+        channel.run_shard_mean(0, flat, shard, layout)
         wire.conclude(torch.zeros(()))
 
     return step
@@ -159,13 +171,11 @@ def be_rank(rank: int, world_size: int, address: str, names: list[str], rounds: 
     for name in names:
         if name in ALONE:
             step = _alone(name, flat)
-            _measured(step, 1)
-            alone[name] = [_measured(step, steps) for _ in range(max(1, rounds // 2))]
+            alone[name] = _settled(step, rounds, steps)
     sharded = {}
     for name in (*_TORCH_SHARDED, *ALONE):
         step = _sharded(name, flat[: flat.numel() // world_size * world_size])
-        _measured(step, 1)
-        sharded[name] = [_measured(step, steps) for _ in range(max(1, rounds // 2))]
+        sharded[name] = _settled(step, rounds, steps)
     if rank == 0:
         Path(out).write_text(json.dumps({"steps": measured, "alone": alone, "sharded": sharded}))
     dist.destroy_process_group()
@@ -238,7 +248,7 @@ def main() -> None:
     names = [REFERENCE, *(name for name in arguments.only if name != REFERENCE)]
     for rate in list(RATES)[: 1 if arguments.quick else None]:
         for ranks_per_host in (1,) if arguments.quick else (1, 2):
-            rounds, steps = (3, 5) if arguments.quick else (5, 4) if rate == "1gbit" else (5, 1)
+            rounds, steps = (3, 5) if arguments.quick else (5, 4) if rate == "1gbit" else (3, 1)
             found = contest(rate, ranks_per_host, names, rounds, steps)
             header = ["", "ms a step", "of torch FP32", "MB sent", "of torch FP32", "link used by the reduction alone"]
             title = f"A step of DDP, {rate}/s between 2 hosts with {ranks_per_host} worker(s) each"
