@@ -24,13 +24,13 @@ class BackendSum:
     Args:
         team: of at least two ranks.
         codec: float16 or bfloat16.
-        sizes: ``message_bytes`` are those of a chunk.
+        sizes: of chunks.
     """
 
     def __init__(self, team: Team, codec: Half, sizes: Sizes) -> None:
         self.team = team
         self._codec = codec
-        self._piece = -(-sizes.message_bytes // (codec.encoded_bytes(1) * team.size))
+        self._piece = -(-sizes.sum_bytes // (codec.encoded_bytes(1) * team.size))
         self._num_slots = sizes.num_slots
 
     @cached_property

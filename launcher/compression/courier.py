@@ -129,7 +129,7 @@ class _ThreadCourier:
                 taken = [following] if isinstance(following, Errand) else []
 
     def _run(self, pipeline: Pipeline[Any], taken: list[Errand]) -> None:
-        """Wait for errands and arrivals alike; start what there is room for. Adds errands not yet done to ``taken``."""
+        """Wait for errands and arrivals alike; start chunks when it is time. Adds errands not yet done to ``taken``."""
         chunks: deque[Chunk] = deque()
         while True:
             following = pipeline.inbox.get()
@@ -140,5 +140,5 @@ class _ThreadCourier:
                 chunks.extend(following.counted())
             else:
                 pipeline.advance(following)
-            while chunks and pipeline.has_room:
+            while chunks and pipeline.should_start:
                 pipeline.start(chunks.popleft())

@@ -1,7 +1,7 @@
 """Many chunks under way at once, so that the link is busy while the arithmetic is done.
 
-A chunk is a generator: it yields whatever it waits for, and is resumed when that has arrived. A pipeline starts
-chunks in order as long as it has a slot (a set of buffers) for one more, and otherwise takes whichever chunk can go on.
+A chunk is a generator: it yields whatever it waits for, and is resumed when that has arrived. A pipeline takes
+whichever chunk can go on, and starts the next one when none can and there is a slot (a set of buffers) for it.
 
 Nothing on CPUs waits for a chosen chunk: ranks start chunks at different times, so that two could wait for each other's
 for ever. Each slot has a thread that waits for what its chunk has under way, and says so. On CUDA waiting is only
@@ -92,9 +92,12 @@ class Pipeline(Generic[Slot]):
         """Flights that can go on. Who runs the pipeline may have other things put there, to wait for both."""
 
     @property
-    def has_room(self) -> bool:
-        """Whether one more chunk can start."""
-        return bool(self._free)
+    def should_start(self) -> bool:
+        """Whether one more chunk should start: there is room, and none under way can go on.
+
+        On CUDA they always could, and would come to wait on the stream one after another.
+        """
+        return bool(self._free) and not (self._waits_aside and not self.inbox.empty())
 
     @property
     def is_idle(self) -> bool:
@@ -122,7 +125,7 @@ class Pipeline(Generic[Slot]):
     def run(self, chunks: Iterable[Chunk]) -> None:
         """All of them, to the end."""
         for chunk in chunks:
-            while not self.has_room:
+            while not self.should_start:
                 self.advance(self.inbox.get())
             self.start(chunk)
         while not self.is_idle:

@@ -74,10 +74,33 @@ def test_every_chunk_runs_to_its_end_in_a_slot_of_its_own(waits_aside: bool, num
 
 
 @aside
-def test_all_slots_are_filled_before_anything_is_waited_for(waits_aside: bool) -> None:
+def test_all_slots_are_filled_while_nothing_can_go_on(waits_aside: bool) -> None:
     diary = Diary()
-    Pipeline(["0", "1", "2"], waits_aside).run(diary.chunk(number, 2) for number in range(3))
+    all_have_begun = threading.Event()
+
+    def wait(number: int, stage: int) -> None:
+        if stage == 0:
+            assert all_have_begun.wait(_SECONDS)
+
+    def last(slot: str) -> Course:
+        all_have_begun.set()
+        return (yield from diary.chunk(2, 2)(slot))
+
+    Pipeline(["0", "1", "2"], waits_aside).run([diary.chunk(0, 2, wait), diary.chunk(1, 2, wait), last])
     assert [what for what, _, _ in diary.entries[:3]] == ["sent"] * 3
+
+
+def test_what_can_go_on_goes_before_what_could_start() -> None:
+    """The link gets a chunk's next piece sooner; on CPUs, where starting is work."""
+    diary = Diary()
+    pipeline = Pipeline(["0", "1", "2"], waits_aside=True)
+    pipeline.start(diary.chunk(0, 2))
+    arrived = pipeline.inbox.get(timeout=_SECONDS)
+    assert pipeline.should_start, "nothing can go on, and there is room"
+    pipeline.inbox.put(arrived)
+    assert not pipeline.should_start
+    pipeline.run(diary.chunk(number, 2) for number in (1, 2))
+    assert diary.entries.index(("sent", 0, 1)) < diary.entries.index(("sent", 1, 0))
 
 
 def test_a_chunk_whose_pieces_have_come_does_not_wait_for_an_older_one() -> None:
