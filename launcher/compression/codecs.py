@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["BlockInt8", "Codec", "Half"]
+__all__ = ["BlockInt8", "Codec", "Half", "padded"]
 
 _LARGEST = 127.0
 _TINY = 1e-30
@@ -37,6 +37,11 @@ class Codec(Protocol):
 
     def add_decoded(self, encoded: Tensor, total: Tensor) -> None:
         """Add what is read from ``encoded`` to ``total``, FP32 (n,)."""
+
+
+def padded(codec: Codec, numel: int) -> int:
+    """``numel`` and what is missing to whole blocks."""
+    return -(-numel // codec.block_size) * codec.block_size
 
 
 class Half:

@@ -2,14 +2,14 @@
 
 Each rank owns one shard of the tensor. In pieces that travel one behind the other:
 
-1. *within a host* (where hosts hold several ranks): pieces go in FP32 to the local rank that stands for their
+1. *within a host* (where hosts hold several ranks): neighbours hand pieces in FP32 to the one that stands for their
    owner, so that each host speaks with one voice and only once to the network;
 2. *scatter*: each piece, divided by the number of ranks, is encoded and sent to its owner, who sums in FP32;
 3. *gather* (not for a reduce-scatter): the owner encodes the mean once, and every rank, itself included, reads the
    same bytes, so that all hold the same result to the last bit.
 
 What a rank keeps for itself is not encoded in 2. Both encodings may have error feedback. Messages are large, since each
-costs the backend a good part of a millisecond; arithmetic goes through them in portions that stay in the cache.
+costs the backend a part of a millisecond; arithmetic goes through them in portions that stay in the cache.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from launcher.compression.codecs import Codec
+from launcher.compression.codecs import Codec, padded
 from launcher.compression.feedback import Feedback
 from launcher.compression.links import Parcel, Pending, Team
+from launcher.compression.neighbours import build_neighbours
 from launcher.compression.pipeline import Chunk, Course, Pipeline
 from launcher.compression.reduction import Reduction
-from launcher.compression.span import Buffers, Span
+from launcher.compression.span import Buffers, Span, Stage
 from launcher.compression.terms import StepTerms
 
 __all__ = ["Exchange", "Sizes"]
 
-_LARGEST_TAG = 1 << 30
 _LEAST_CHUNKS = 2
 """Of a tensor that is not small: what one chunk waits for, another uses."""
-_HOST, _SCATTER, _GATHER, _SHARE = range(4)
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ class Sizes:
     """Values that are encoded or decoded at once, at most."""
     num_slots: int
     """Chunks under way."""
+    sum_bytes: int = 1 << 20
+    """Of a chunk that the backend sums, encoded."""
 
 
 class Exchange:
@@ -63,16 +64,17 @@ class Exchange:
         self.team = team
         self.codec = codec
         block = codec.block_size
-        self._portion = self._padded(sizes.portion)
+        self._portion = padded(codec, sizes.portion)
         self._piece = max(sizes.message_bytes // codec.encoded_bytes(block), 1) * block
         self._num_slots = sizes.num_slots
         self._widest = 0
         self._numbers = count()
+        self._neighbours = build_neighbours(team, codec, self._piece, sizes.num_slots)
 
     @cached_property
     def pipeline(self) -> Pipeline[Buffers]:
         """The chunks' way; its buffers are made when they are first needed, and as large as any tensor has needed."""
-        slots = (Buffers(self.codec, self.team) for _ in range(self._num_slots))
+        slots = (Buffers(number, self.codec, self.team) for number in range(self._num_slots))
         return Pipeline(slots, waits_aside=self.team.device.type != "cuda")
 
     @cached_property
@@ -81,13 +83,13 @@ class Exchange:
 
     def shard_size(self, numel: int) -> int:
         """Elements that each rank owns of ``numel``, in whole blocks."""
-        return self._padded(-(-numel // self.team.size))
+        return padded(self.codec, -(-numel // self.team.size))
 
     def chunks(self, reduction: Reduction) -> Iterator[Chunk]:
         """The chunks of a reduction, to be started in this order."""
         share = max(-(-reduction.shard // _LEAST_CHUNKS), min(self._portion, self._piece))
-        piece = min(self._piece, self._padded(share))
-        self._widest = max(self._widest, min(piece, self._padded(reduction.shard)))
+        piece = min(self._piece, padded(self.codec, share))
+        self._widest = max(self._widest, min(piece, padded(self.codec, reduction.shard)))
         for first in range(0, reduction.shard, piece):
             last = min(first + piece, reduction.shard)
             yield partial(self._start, reduction, first, last, next(self._numbers))
@@ -95,10 +97,6 @@ class Exchange:
     def _start(self, reduction: Reduction, first: int, last: int, number: int, slot: Buffers) -> Course:
         slot.fit(self._widest)
         return self._course(Span(reduction, first, last, number, slot))
-
-    def _padded(self, numel: int) -> int:
-        """``numel`` and what is missing to whole blocks."""
-        return -(-numel // self.codec.block_size) * self.codec.block_size
 
     def _portions(self, length: int) -> Iterator[tuple[int, int]]:
         """``length`` values in portions, as (first, last)."""
@@ -109,15 +107,12 @@ class Exchange:
     def _encoded(self, buffer: Tensor, first: int, last: int) -> Tensor:
         """The portion ``first`` to ``last`` of an encoded piece."""
         start = self.codec.encoded_bytes(first)
-        return buffer[start : start + self.codec.encoded_bytes(self._padded(last - first))]
+        return buffer[start : start + self.codec.encoded_bytes(padded(self.codec, last - first))]
 
     def _row(self, buffer: Tensor, index: int, width: int, length: int) -> Tensor:
         """An encoded piece of ``length`` values in a buffer with rows for ``width`` values."""
-        start = index * self.codec.encoded_bytes(self._padded(width))
-        return buffer[start : start + self.codec.encoded_bytes(self._padded(length))]
-
-    def _tag(self, chunk: Span, stage: int, host: int = 0) -> int:
-        return ((chunk.number * 4 + stage) * self.team.grid.num_hosts + host) % _LARGEST_TAG
+        start = index * self.codec.encoded_bytes(padded(self.codec, width))
+        return buffer[start : start + self.codec.encoded_bytes(padded(self.codec, length))]
 
     def _course(self, chunk: Span) -> Course:
         """A chunk's way, from here to there and back."""
@@ -129,44 +124,28 @@ class Exchange:
             return pending
 
         if grid.ranks_per_host > 1:
-            yield posted(self._send_within_host(chunk))
+            yield posted(self._neighbours.give(chunk))
         yield posted(self._scatter(chunk))
         if not job.gathers:
             for first, last, mean in self._means(chunk, feedback=None):
                 job.target[chunk.first + first : chunk.first + last] = mean[: last - first]
         else:
             yield posted(self._gather(chunk))
+            shared = posted(self._neighbours.share(chunk))
             self._read_means(chunk, grid.place)
             if grid.ranks_per_host > 1:
-                yield posted(self._share(chunk))
+                yield shared
                 for place in range(grid.ranks_per_host):
                     if place != grid.place:
                         self._read_means(chunk, place)
+        if self._neighbours.look_at_each_other:
+            yield posted(self._neighbours.close(chunk))
         return sent
-
-    def _send_within_host(self, chunk: Span) -> Pending:
-        grid = self.team.grid
-        send, receive = [], []
-        for place, peer in enumerate(grid.ranks[grid.host]):
-            if place == grid.place:
-                continue
-            for host in range(grid.num_hosts):
-                tag = self._tag(chunk, _HOST, host)
-                send.append(Parcel(chunk.piece(grid.ranks[host][place]), peer, tag))
-                receive.append(Parcel(self._from_host(chunk, place, host), peer, tag))
-        return self.team.exchange(receive, send)
-
-    def _from_host(self, chunk: Span, place: int, host: int) -> Tensor:
-        """Where the piece for ``host`` from the local rank in ``place`` arrives."""
-        grid = self.team.grid
-        others = place - (place > grid.place)
-        start = (others * grid.num_hosts + host) * chunk.width
-        return chunk.slot.host[start : start + chunk.length(grid.ranks[host][grid.place])]
 
     def _scatter(self, chunk: Span) -> Pending:
         """Encode what each host's owner is to have, this host's ranks summed."""
         grid, job = self.team.grid, chunk.job
-        tag = self._tag(chunk, _SCATTER)
+        tag = chunk.tag(Stage.scatter)
         send, receive = [], []
         for host in range(grid.num_hosts):
             owner = grid.ranks[host][grid.place]
@@ -192,12 +171,12 @@ class Exchange:
         Returns whole blocks.
         """
         grid, each = self.team.grid, 1.0 / self.team.size
-        values = self._workspace[0][: self._padded(last - first)]
+        values = self._workspace[0][: padded(self.codec, last - first)]
         out = values[: last - first]
         total = None if feedback is None else feedback.carried(place_of_errors, out, chunk.job.terms)
         for place in range(grid.ranks_per_host):
             own = place == grid.place
-            piece = chunk.piece(grid.ranks[host][place]) if own else self._from_host(chunk, place, host)
+            piece = chunk.piece(grid.ranks[host][place]) if own else self._neighbours.given(chunk, place, host)
             if total is None:
                 torch.mul(piece[first:last], each, out=out)
             else:
@@ -225,28 +204,17 @@ class Exchange:
         for first, last, mean in self._means(chunk, job.gathered):
             out = self._encoded(encoded, first, last)
             self._encode(mean, out, last - first, job.gathered, chunk.first + first, job.terms)
-        tag = self._tag(chunk, _GATHER)
+        tag = chunk.tag(Stage.gather)
         peers = [(host, grid.ranks[host][grid.place]) for host in range(grid.num_hosts) if host != grid.host]
         send = [Parcel(encoded, peer, tag) for _, peer in peers]
         return self.team.exchange(
             [Parcel(self._mean(chunk, host, grid.place), peer, tag) for host, peer in peers], send
         )
 
-    def _share(self, chunk: Span) -> Pending:
-        """Hand all means of this rank's place to the host's other ranks."""
-        grid = self.team.grid
-        width = grid.num_hosts * self.codec.encoded_bytes(self._padded(chunk.width))
-        rows = chunk.slot.means.view(grid.ranks_per_host, -1)[:, :width]
-        tag = self._tag(chunk, _SHARE)
-        peers = [(place, peer) for place, peer in enumerate(grid.ranks[grid.host]) if place != grid.place]
-        send = [Parcel(rows[grid.place], peer, tag) for _, peer in peers]
-        return self.team.exchange([Parcel(rows[place], peer, tag) for place, peer in peers], send)
-
     def _mean(self, chunk: Span, host: int, place: int) -> Tensor:
         """The encoded mean of what one rank owns."""
         grid = self.team.grid
-        row = chunk.slot.means.view(grid.ranks_per_host, -1)[place]
-        return self._row(row, host, chunk.width, chunk.length(grid.ranks[host][place]))
+        return self._row(self._neighbours.means(chunk, place), host, chunk.width, chunk.length(grid.ranks[host][place]))
 
     def _read_means(self, chunk: Span, place: int) -> None:
         """Write the means that the ranks in one place of each host own to the target."""
@@ -257,10 +225,10 @@ class Exchange:
             start = owner * job.shard + chunk.first
             for first, last in self._portions(chunk.length(owner)):
                 target, portion = job.target[start + first : start + last], self._encoded(encoded, first, last)
-                if self._padded(last - first) == last - first:
+                if padded(self.codec, last - first) == last - first:
                     self.codec.decode(portion, target)
                 else:
-                    whole = self._workspace[1][: self._padded(last - first)]
+                    whole = self._workspace[1][: padded(self.codec, last - first)]
                     self.codec.decode(portion, whole)
                     target.copy_(whole[: last - first])
                 job.terms.look(target)

@@ -133,11 +133,11 @@ class Team:
             dist.all_gather_object(hosts, host_key(), group=self.group)
         self.grid = Grid.of_hosts(hosts, self.rank)
 
-    def exchange(self, receive: Sequence[Parcel], send: Sequence[Parcel]) -> Pending:
-        """Start to receive from, and to send to, ranks of the team."""
+    def exchange(self, receive: Sequence[Parcel], send: Sequence[Parcel], counts: bool = True) -> Pending:
+        """Start to receive from, and to send to, ranks of the team; ``counts``: as bytes sent."""
         receive = [parcel for parcel in receive if parcel.content.numel()]
         send = [parcel for parcel in send if parcel.content.numel()]
-        self.bytes_sent += sum(parcel.content.nbytes for parcel in send)
+        self.bytes_sent += sum(parcel.content.nbytes for parcel in send) if counts else 0
         if self._coalesces:
             # NCCL's pairwise operations wait for each other unless they are one group.
             operations = [dist.P2POp(dist.irecv, p.content, group=self.group, group_peer=p.peer) for p in receive]

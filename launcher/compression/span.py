@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,13 +13,35 @@ from launcher.compression.codecs import Codec
 from launcher.compression.links import Team
 from launcher.compression.reduction import Reduction
 
-__all__ = ["Buffers", "Span"]
+__all__ = ["Buffers", "Span", "Stage"]
+
+_LARGEST_TAG = 1 << 30
+
+
+class Stage(IntEnum):
+    """What a message of a chunk is for."""
+
+    give = 0
+    scatter = 1
+    gather = 2
+    share = 3
+    close = 4
 
 
 class Buffers:
-    """The buffers of one chunk under way."""
+    """The buffers of one chunk under way.
 
-    def __init__(self, codec: Codec, team: Team) -> None:
+    Args:
+        number: of the slot.
+        codec: what is sent.
+        team: the ranks.
+    """
+
+    def __init__(self, number: int, codec: Codec, team: Team) -> None:
+        self.number = number
+        self.numbers = torch.zeros(team.grid.ranks_per_host, dtype=torch.int64)
+        """The slots in which this host's ranks have the same chunk: they end chunks in different orders."""
+        self.num_hosts = team.grid.num_hosts
         self._codec = codec
         self._team = team
         self._numel = -1
@@ -28,11 +52,25 @@ class Buffers:
         if numel <= self._numel:
             return
         self._numel = numel
-        grid, device = self._team.grid, self._team.device
-        pieces = grid.num_hosts * self._codec.encoded_bytes(numel)
-        self.host = torch.empty((grid.ranks_per_host - 1) * grid.num_hosts * numel, device=device)
-        self.sent, self.received = torch.empty(2, pieces, dtype=torch.uint8, device=device)
-        self.means = torch.empty(grid.ranks_per_host * pieces, dtype=torch.uint8, device=device)
+        self.sent, self.received = torch.empty(2, self._pieces, dtype=torch.uint8, device=self._team.device)
+        self.__dict__.pop("host", None)
+        self.__dict__.pop("means", None)
+
+    @cached_property
+    def host(self) -> Tensor:
+        """FP32: pieces of this host's other ranks, if they are sent here."""
+        grid = self._team.grid
+        return torch.empty((grid.ranks_per_host - 1) * grid.num_hosts * self._numel, device=self._team.device)
+
+    @cached_property
+    def means(self) -> Tensor:
+        """uint8: encoded means of all owners, if they are sent here."""
+        numel = self._team.grid.ranks_per_host * self._pieces
+        return torch.empty(numel, dtype=torch.uint8, device=self._team.device)
+
+    @property
+    def _pieces(self) -> int:
+        return self._team.grid.num_hosts * self._codec.encoded_bytes(self._numel)
 
 
 @dataclass(frozen=True)
@@ -54,6 +92,11 @@ class Span:
     def length(self, owner: int) -> int:
         """How many of the positions exist in an owner's shard."""
         return self.job.length(owner, self.first, self.last)
+
+    def tag(self, stage: Stage, host: int = 0) -> int:
+        """Of a message about ``host``'s part of the chunk."""
+        num_hosts = self.slot.num_hosts
+        return ((self.number * len(Stage) + stage) * num_hosts + host) % _LARGEST_TAG
 
     def piece(self, owner: int) -> Tensor:
         """This rank's own values there."""

@@ -127,7 +127,7 @@ def told(wire: Wire, found_inf: float = 0.0, scale: float = 1.0, measures: bool 
 @contextmanager
 def small_sizes() -> Iterator[None]:
     """Tensors are cut into many chunks of several portions, more than there are slots."""
-    sizes = Sizes(message_bytes=1 << 10, portion=1 << 8, num_slots=3)
+    sizes = Sizes(message_bytes=1 << 10, portion=1 << 8, num_slots=3, sum_bytes=1 << 10)
     with mock.patch.dict(channel._SIZES, {"cpu": sizes}):
         yield
 

@@ -125,12 +125,12 @@ _NUMBER = 8
 """Bytes of a number that Python hands to torch."""
 
 
-def allocated(rank: int, name: str) -> list[int]:
+def allocated(rank: int, name: str, ranks_per_host: int | None) -> list[int]:
     """Bytes of each tensor that three reductions make, after two that are not counted."""
     device = torch.device("cpu")
     flat = torch.randn(10_000)
     layout = Layout.of_bucket([("whole", flat.numel())])
-    with reducing.small_sizes():
+    with reducing.small_sizes(), reducing.hosts(rank, ranks_per_host):
         wire = Wire(device)
         channel = Channel(Team(dist.group.WORLD, device), CONFIGS[name], wire, "test")
     found: list[int] = []
@@ -147,9 +147,12 @@ def allocated(rank: int, name: str) -> list[int]:
     return found
 
 
+@pytest.mark.parametrize(("world_size", "ranks_per_host"), [(3, None), (4, 2)], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_no_step_makes_a_tensor(pools: dict[int, Ranks], name: str) -> None:
-    assert pools[3].run(allocated, name) == [[], [], []]
+def test_no_step_makes_a_tensor(
+    pools: dict[int, Ranks], name: str, world_size: int, ranks_per_host: int | None
+) -> None:
+    assert pools[world_size].run(allocated, name, ranks_per_host) == [[]] * world_size
 
 
 def most_allocated(rank: int, ranks_per_host: int | None) -> int:

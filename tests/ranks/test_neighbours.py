@@ -1,0 +1,159 @@
+"""Ranks of one host: what they hand each other through memory is what they would send, and nothing of it stays."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launcher.compression.channel import Channel
+from launcher.compression.layout import Layout
+from launcher.compression.links import Team
+from launcher.compression.neighbours import Messages, SharedMemory
+from launcher.compression.wire import Wire
+from launcher.config.schema import Codec, CompressionConfig
+from tests.ranks import reducing
+from tests.ranks.processes import Ranks
+from tests.ranks.reducing import digest
+
+_NUMEL = 96 * 384
+_STEPS = 6
+_CONFIGS = {
+    "fp16": CompressionConfig(codec=Codec.fp16),
+    "int8": CompressionConfig(codec=Codec.int8, error_feedback=True),
+}
+
+
+@contextmanager
+def _without_memory(rank: int, reason: str) -> Iterator[None]:
+    """One rank cannot have it, or others cannot see it."""
+    if rank != 1 or reason == "":
+        yield
+        return
+    what = {
+        "no memfd": mock.patch.object(os, "memfd_create", side_effect=OSError("no memory")),
+        "no room": mock.patch.object(os, "truncate", side_effect=OSError("too large")),
+        "no such process": mock.patch.object(os, "getpid", return_value=2**22 + 1),
+        "another process": mock.patch.object(os, "getpid", os.getppid),
+    }[reason]
+    with what:
+        yield
+
+
+def _channel(rank: int, config: str, ranks_per_host: int, reason: str) -> tuple[Channel, Wire]:
+    device = torch.device("cpu")
+    wire = Wire(device)
+    with reducing.hosts(rank, ranks_per_host), reducing.small_sizes(), _without_memory(rank, reason):
+        return Channel(Team(dist.group.WORLD, device), _CONFIGS[config], wire, "test"), wire
+
+
+def _late(rank: int, step: int) -> None:
+    """Each rank at another time."""
+    time.sleep(0.002 * ((rank + step) % 3))
+
+
+def means(rank: int, config: str, ranks_per_host: int, reason: str) -> tuple[str, str, int]:
+    """Which way, a digest of the means of some steps, and the bytes of the last one."""
+    channel, wire = _channel(rank, config, ranks_per_host, reason)
+    layout, found = Layout.of_bucket([("p", _NUMEL)]), list[Tensor]()
+    for step in range(_STEPS):
+        flat = torch.randn(_NUMEL, generator=torch.Generator().manual_seed(100 * step + rank))
+        wire.take_bytes()
+        wire.begin(torch.ones(()))
+        _late(rank, step)
+        channel.run_mean(0, flat, layout)
+        wire.conclude(torch.zeros(()))
+        found.append(flat)
+    return type(channel._exchange._neighbours).__name__, digest(found), wire.take_bytes()
+
+
+def shards(rank: int, config: str, ranks_per_host: int, reason: str) -> tuple[str, str]:
+    """The same for a reduce-scatter, with a tensor of another size in between; a digest of this rank's shards."""
+    channel, wire = _channel(rank, config, ranks_per_host, reason)
+    found = []
+    for step in range(_STEPS):
+        numel = _NUMEL // (1 + step % 2)
+        source = torch.randn(numel, generator=torch.Generator().manual_seed(100 * step + rank))
+        shard = torch.empty(numel // dist.get_world_size())
+        wire.begin(torch.ones(()))
+        _late(rank, step)
+        channel.run_shard_mean(numel, source, shard, Layout.of_bucket([("p", numel)]))
+        wire.conclude(torch.zeros(()))
+        found.append(shard)
+    return type(channel._exchange._neighbours).__name__, digest(found)
+
+
+@pytest.mark.parametrize("reason", ["no memfd", "no room", "no such process", "another process"])
+@pytest.mark.parametrize("config", ["fp16", "int8"])
+def test_where_one_rank_has_no_memory_all_send_and_get_the_same_bits(
+    pools: dict[int, Ranks], config: str, reason: str
+) -> None:
+    through_memory = pools[4].run(means, config, 2, "")
+    sent = pools[4].run(means, config, 2, reason)
+    assert {way for way, _, _ in through_memory} == {SharedMemory.__name__}
+    assert {way for way, _, _ in sent} == {Messages.__name__}
+    assert len({bits for _, bits, _ in [*through_memory, *sent]}) == 1
+    assert [count for _, _, count in through_memory] == [count for _, _, count in sent], "what is handed over counts"
+
+
+@pytest.mark.parametrize("config", ["fp16", "int8"])
+def test_a_reduce_scatter_never_reads_what_the_next_chunk_has_written(pools: dict[int, Ranks], config: str) -> None:
+    through_memory = pools[4].run(shards, config, 2, "")
+    sent = pools[4].run(shards, config, 2, "no memfd")
+    assert {way for way, _ in through_memory} == {SharedMemory.__name__}
+    assert [bits for _, bits in through_memory] == [bits for _, bits in sent]
+
+
+def test_ranks_of_two_hosts_hand_over_whole_tensors_in_fp32_and_send_halves_of_them_encoded(
+    pools: dict[int, Ranks],
+) -> None:
+    """Of n values on 2 hosts of 2 ranks: n/2 in FP32 and n/2 encoded to the neighbour, n/4 there and n/4 back."""
+    encoded = _NUMEL * (1 + 4 / 128)
+    expected = 4 * _NUMEL / 2 + encoded / 2 + 2 * encoded / 4
+    assert [count for _, _, count in pools[4].run(means, "int8", 2, "")] == [expected] * 4
+
+
+def left_open(rank: int) -> tuple[set[str], set[str]]:
+    """Files of this process, and of the memory file system, that a channel in use has added."""
+
+    def seen() -> tuple[set[str], set[str]]:
+        folder = Path("/proc/self/fd")
+        files = {os.readlink(folder / name) for name in os.listdir(folder) if (folder / name).is_symlink()}
+        return {name for name in files if "memfd" in name}, set(os.listdir("/dev/shm"))
+
+    files, names = seen()
+    channel, _ = _channel(rank, "int8", 2, "")
+    assert isinstance(channel._exchange._neighbours, SharedMemory)
+    channel.run_mean(0, torch.randn(_NUMEL), None)
+    files_then, names_then = seen()
+    return files_then - files, names_then - names
+
+
+def test_no_file_and_no_name_is_left(pools: dict[int, Ranks]) -> None:
+    assert pools[4].run(left_open) == [(set(), set())] * 4
+
+
+def mapped(rank: int) -> tuple[int, int]:
+    """Regions of the memory while a channel is in use, and when it is gone."""
+
+    def regions() -> int:
+        return Path("/proc/self/maps").read_text().count("memfd:tminus-gradients")
+
+    before = regions()
+    channel, wire = _channel(rank, "int8", 2, "")
+    channel.run_mean(0, torch.randn(_NUMEL), None)
+    during = regions() - before
+    del channel, wire
+    return during, regions() - before
+
+
+def test_memory_goes_with_its_channel(pools: dict[int, Ranks]) -> None:
+    assert pools[4].run(mapped) == [(2, 0)] * 4
