@@ -1,4 +1,4 @@
-"""Into DistributedDataParallel: a communication hook, and buckets that stay as they are.
+"""Into DistributedDataParallel: a communication hook.
 
 torch's ``none`` is the backend's sum of FP32. With a codec a bucket goes to the courier, which averages it while
 backward goes on.
@@ -6,7 +6,7 @@ backward goes on.
 
 # DDP looks at the annotations of a hook, which must be types: no postponed annotations in this file.
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from launcher.compression.channel import Channel
 from launcher.compression.courier import Courier, Errand, build_courier
+from launcher.compression.ddp import Usage, settle_buckets
 from launcher.compression.layout import Layout, refuse_complex
 from launcher.compression.links import Team
 from launcher.compression.powersgd import PowerSGD
@@ -24,7 +25,7 @@ from launcher.compression.wire import Wire
 from launcher.config.schema import Codec, CompressionConfig
 from launcher.errors import ConfigurationError, JobError
 
-__all__ = ["attach_replicated", "preferred_bucket_mib", "settle_buckets"]
+__all__ = ["attach_replicated", "preferred_bucket_mib"]
 
 _Future: Any = torch.futures.Future
 _Way = Callable[["_Bucket"], Any]
@@ -51,6 +52,10 @@ class _Hook:
         self.prepare: Callable[[_Bucket], None] = lambda bucket: None
         """Called once for each of DDP's final buckets, before anything crosses."""
         self.send: _Way = _arrived
+        self.stay: Callable[[int, frozenset[str]], None] = lambda index, names: None
+        """Called with parameters whose mean DDP drops: their errors stay what they were."""
+        self.layouts: dict[int, Layout] = {}
+        """Of all buckets that have crossed."""
         self.is_idle = False
         """Whether buckets have nothing in them, and go nowhere."""
 
@@ -64,8 +69,17 @@ def _cross(hook: _Hook, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]
     if hook.probe is not None:
         hook.probe.look(crossing.flat)
     hook.wire.crossing(crossing.index)
+    if crossing.flat.numel():
+        hook.layouts[crossing.index] = crossing.layout
     future = hook.send(crossing)
     return future
+
+
+def _spare(hook: _Hook, parameters: Iterable[nn.Parameter]) -> None:
+    """DDP drops their means: what was kept for them is not sent."""
+    names = {hook.names[parameter] for parameter in parameters}
+    for index, layout in hook.layouts.items() if names else ():
+        hook.stay(index, layout.names & names)
 
 
 def _arrived(bucket: _Bucket) -> Any:
@@ -103,6 +117,8 @@ def attach_replicated(
     settle_buckets(model)
     hook.is_idle = False
     if wire.keeps_errors:
+        usage = Usage(model)
+        wire.before_settling.append(lambda: _spare(hook, usage.unused()))
         for bucket in model.reducer._get_zeros_like_grad_buckets():
             hook.prepare(_Bucket(bucket, names))
 
@@ -128,10 +144,12 @@ def _choose(hook: _Hook, config: CompressionConfig, model: DistributedDataParall
         factors = PowerSGD(team, config, wire, axis="replica")
         hook.prepare = lambda bucket: factors.prepare(bucket.index, bucket.layout)
         hook.send = _Approximating(factors).send
+        hook.stay = factors.stay
         return
     channel = Channel(team, config, wire, axis="replica")
     hook.prepare = lambda bucket: channel.prepare(bucket.index, bucket.layout, gathers=True)
     hook.send = _Averaging(channel).send
+    hook.stay = channel.stay
 
 
 def _refuse_sparse(model: nn.Module) -> None:
@@ -213,45 +231,3 @@ class _Averaging:
 
         chunks = tuple(self._channel.mean(bucket.index, values, bucket.layout))
         return self._courier.take(Errand(chunks, flat, finish))
-
-
-def settle_buckets(model: DistributedDataParallel) -> bool:
-    """Make DDP build its final buckets now; collective. Whether it was possible.
-
-    DDP builds them anew after its first backward pass, so that what is kept for a bucket would lose its place, and a
-    resumed run would add up in another order than one that was never stopped. One pass of zeros, last parameter
-    first, is that first pass. Does nothing where it would be noticed: gradients that are there already, hooks on
-    them, sparse gradients.
-    """
-    if model.reducer._rebuild_buckets():  # after the one backward pass that there has been
-        return True
-    if not _trained(model) or _would_be_noticed(model):
-        return False
-    _pass_zeros(model)
-    model.reducer._rebuild_buckets()
-    return True
-
-
-def _pass_zeros(model: DistributedDataParallel) -> None:
-    """A backward pass that leaves nothing, last parameter first."""
-    parameters = _trained(model)
-    zero = torch.zeros((), device=parameters[0].device)
-    with torch.enable_grad():
-        for parameter in parameters:
-            zero = zero + (parameter.sum() * 0.0).float()
-    model.reducer.prepare_for_backward([zero] if model.find_unused_parameters else [])
-    zero.backward()  # type: ignore[no-untyped-call]
-    for parameter in parameters:
-        parameter.grad = None
-
-
-def _trained(model: DistributedDataParallel) -> list[nn.Parameter]:
-    ignored = set(model.parameters_to_ignore)
-    return [each for name, each in model.module.named_parameters() if each.requires_grad and name not in ignored]
-
-
-def _would_be_noticed(model: DistributedDataParallel) -> bool:
-    parameters = _trained(model)
-    sparse = any(getattr(module, "sparse", False) for module in model.module.modules())
-    hooked = any(each._backward_hooks or each._post_accumulate_grad_hooks for each in parameters)
-    return sparse or hooked or model.static_graph or any(each.grad is not None for each in parameters)

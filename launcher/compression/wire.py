@@ -78,6 +78,8 @@ class Wire:
         """Errors of steps in which parameters are missing; saved as a part of the residues."""
         self.before_state: list[Callable[[], None]] = []
         """Called before the residues' errors are read or set: brings them there."""
+        self.before_settling: list[Callable[[], None]] = []
+        """Called when a step's errors have been written, before they take the place of the last step's."""
         self.keeps_errors = False
         """Whether a codec keeps anything from one step for the next."""
         self.group: dist.ProcessGroup | None = None
@@ -99,6 +101,8 @@ class Wire:
 
     def conclude(self, found_inf: Tensor) -> None:
         """The step was applied (``found_inf`` is 0) or skipped (1): an FP32 scalar on the device."""
+        for prepare in self.before_settling:
+            prepare()
         for feedback in (*(residue.feedback for residue in self.residues), *self.passing):
             feedback.settle(found_inf)
         for keeper in self.keepers:

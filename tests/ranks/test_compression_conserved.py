@@ -53,13 +53,15 @@ def largest_difference(rank: int, name: str, layouts: list[tuple[Any, ...]], ran
     largest, difference = 0.0, 0.0
     for number, (kind, size, *axis) in enumerate(layouts):
         with reducing.hosts(rank, ranks_per_host), reducing.small_sizes():
-            model = replicated(Given(SHAPES), size) if kind == "ddp" else sharded(Given(SHAPES), size)
+            is_ddp = kind == "ddp"
+            given = Given(SHAPES)
+            model = replicated(given, size, find_unused_parameters=True) if is_ddp else sharded(given, size)
             wire = attach(model, **CODECS[name], **({"axis": axis[0]} if axis else {}))
         if states:
             wire.load_state_dict(states.__getitem__, world_size)
         for step in range(STEPS):
             scale, is_skipped = chosen.choice([1.0, 64.0]), chosen.random() < 0.2
-            away = {index for index in range(1, len(SHAPES)) if kind != "ddp" and chosen.random() < 0.4}
+            away = {index for index in range(1, len(SHAPES)) if chosen.random() < 0.4}
             ranks = [reducing.drawn(other, 100 * number + step, SHAPES) for other in range(world_size)]
             model.zero_grad()
             with told(wire, found_inf=float(is_skipped), scale=scale):
@@ -92,3 +94,51 @@ def test_what_came_back_and_what_is_owed_is_what_was_due(
         return  # is refused
     for difference in pools[world_size].run(largest_difference, name, layouts, ranks_per_host):
         assert difference < 1e-4
+
+
+def kept_of_unused(rank: int, name: str) -> tuple[bool, bool, bool]:
+    """In a loop that tells nothing: whether errors changed of a parameter used by none, by one rank, by all."""
+    ddp = replicated(Given(SHAPES), 0.002, find_unused_parameters=True)
+    wire = attach(ddp, **CODECS[name])
+    for step in range(3):
+        ddp.zero_grad()
+        backward(ddp, reducing.drawn(rank, step, SHAPES))
+    before, _ = owed(wire)
+    ddp.zero_grad()
+    given: list[Tensor | None] = list(reducing.drawn(rank, 3, SHAPES))
+    given[0], given[2] = None, given[2] if rank == 0 else None
+    backward(ddp, given)
+    after, _ = owed(wire)
+
+    def changed(index: int) -> bool:
+        keys = [(one, key) for one, state in enumerate(before) for key in state if f"/parts.{index}/" in key]
+        return any(not torch.equal(before[one][key], after[one][key]) for one, key in keys)
+
+    return changed(0), changed(2), changed(4)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_what_is_kept_for_a_parameter_that_no_rank_has_used_stays(pools: dict[int, Ranks], name: str) -> None:
+    assert pools[2].run(kept_of_unused, name) == [(False, True, True)] * 2
+
+
+def frozen_since(rank: int, is_attached: bool) -> list[float]:
+    """What is kept when a parameter was frozen after DDP had counted it: before the codec came, or after."""
+    ddp = replicated(Given(SHAPES), 25.0, find_unused_parameters=True)
+    wire = attach(ddp, "int8") if is_attached else None
+    ddp.module.parts[1].requires_grad_(False)
+    wire = wire or attach(ddp, "int8")
+    for step in range(2):
+        given: list[Tensor | None] = list(reducing.drawn(rank, step, SHAPES))
+        given[1] = None
+        ddp.zero_grad()
+        with told(wire):
+            backward(ddp, given)
+    _, kept = owed(wire)
+    return [each.abs().max().item() for each in kept]
+
+
+@pytest.mark.parametrize("is_attached", [True, False])
+def test_a_parameter_that_is_frozen_later_confuses_nobody(pools: dict[int, Ranks], is_attached: bool) -> None:
+    for kept in pools[2].run(frozen_since, is_attached):
+        assert [each > 0 for each in kept] == [True, False, True, True, True]

@@ -10,9 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from launcher.compression import Wire, attach, attach_replicated
 from launcher.compression.channel import Channel
+from launcher.compression.ddp import settle_buckets
 from launcher.compression.layout import Layout
 from launcher.compression.links import Team
-from launcher.compression.replicated import settle_buckets
 from launcher.config.schema import Accumulate, Codec, CompressionConfig
 from tests.ranks import reducing
 from tests.ranks.processes import Ranks
