@@ -66,8 +66,10 @@ def two_hosts(rate: str) -> Iterator[tuple[Host, Host]]:
             _do(f"{inside} addr add {host.address}/24 dev {INTERFACE}")
             _do(f"{inside} link set lo up")
             _do(f"{inside} link set {INTERFACE} up")
-            # By the route, since a namespace may not choose another than the machine's.
-            _do(f"{inside} route replace {_NETWORK} dev {INTERFACE} src {host.address} congctl {CONGESTION_CONTROL}")
+            # By routes, to the other host and within this one: a namespace may not choose another than the machine's.
+            for there in (_NETWORK, f"local {host.address} table local"):
+                way = f"dev {INTERFACE} src {host.address} congctl {CONGESTION_CONTROL}"
+                _do(f"{inside} route replace {there} {way}")
             _do(f"tc -n {host.namespace} qdisc add dev {INTERFACE} root tbf rate {rate} burst 256kb latency 200ms")
         yield hosts[0], hosts[1]
     finally:

@@ -7,17 +7,17 @@ the host only enqueues.
 
 from __future__ import annotations
 
-import atexit
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from launcher.compression.pipeline import Chunk, Course, Pipeline
+from launcher.compression.servants import serve
 
 __all__ = ["Courier", "Errand", "build_courier"]
 
@@ -87,58 +87,50 @@ class _StreamCourier:
 
 
 class _ThreadCourier:
-    """In a thread that is started with the first errand, and ends before the interpreter does."""
+    """In a thread that is started with the first errand, and ends with the courier or the interpreter."""
 
     def __init__(self, make_pipeline: Callable[[], Pipeline[Any]]) -> None:
         self._make_pipeline = make_pipeline
         self._pipeline: Pipeline[Any] | None = None
-        self._thread: threading.Thread | None = None
 
     def take(self, errand: Errand) -> Any:
         """Hand over to the thread."""
         if self._pipeline is None:
-            self._pipeline = self._make_pipeline()
-            self._thread = threading.Thread(target=self._work, args=(self._pipeline,), daemon=True)
-            self._thread.name = "gradient-courier"
-            self._thread.start()
-            atexit.register(self._stop)
+            pipeline = self._pipeline = self._make_pipeline()
+            stop = partial(pipeline.inbox.put, None)
+            serve(self, "gradient-courier", partial(_work, pipeline), stop, _STOP_SECONDS)
         errand.future = _Future()
         self._pipeline.inbox.put(errand)
         return errand.future
 
-    def _stop(self) -> None:
-        """A thread that wakes while the interpreter is taken down ends the process with an abort."""
-        assert self._thread is not None
-        assert self._pipeline is not None
-        self._pipeline.inbox.put(None)
-        self._thread.join(_STOP_SECONDS)
 
-    def _work(self, pipeline: Pipeline[Any]) -> None:
-        """Until the process ends; after a failure every errand fails in the same way."""
-        taken: list[Errand] = []
-        try:
-            self._run(pipeline, taken)
-        except BaseException as failure:  # told to whoever waits for a future: backward
-            while True:
-                for errand in taken:
-                    if not errand.future.done():
-                        errand.future.set_exception(failure)
-                following = pipeline.inbox.get()
-                if following is None:
-                    return
-                taken = [following] if isinstance(following, Errand) else []
-
-    def _run(self, pipeline: Pipeline[Any], taken: list[Errand]) -> None:
-        """Wait for errands and arrivals alike; start chunks when it is time. Adds errands not yet done to ``taken``."""
-        chunks: deque[Chunk] = deque()
+def _work(pipeline: Pipeline[Any]) -> None:
+    """Until ``None`` is in the inbox; after a failure every errand fails in the same way."""
+    taken: list[Errand] = []
+    try:
+        _run(pipeline, taken)
+    except BaseException as failure:  # told to whoever waits for a future: backward
         while True:
+            for errand in taken:
+                if not errand.future.done():
+                    errand.future.set_exception(failure)
             following = pipeline.inbox.get()
             if following is None:
                 return
-            if isinstance(following, Errand):
-                taken[:] = [other for other in taken if not other.future.done()] + [following]
-                chunks.extend(following.counted())
-            else:
-                pipeline.advance(following)
-            while chunks and pipeline.should_start:
-                pipeline.start(chunks.popleft())
+            taken = [following] if isinstance(following, Errand) else []
+
+
+def _run(pipeline: Pipeline[Any], taken: list[Errand]) -> None:
+    """Wait for errands and arrivals alike; start chunks when it is time. Adds errands not yet done to ``taken``."""
+    chunks: deque[Chunk] = deque()
+    while True:
+        following = pipeline.inbox.get()
+        if following is None:
+            return
+        if isinstance(following, Errand):
+            taken[:] = [other for other in taken if not other.future.done()] + [following]
+            chunks.extend(following.counted())
+        else:
+            pipeline.advance(following)
+        while chunks and pipeline.should_start:
+            pipeline.start(chunks.popleft())

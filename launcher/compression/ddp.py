@@ -5,6 +5,8 @@ Private calls into torch, all on ``model.reducer``: ``tests/ranks/test_compressi
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -33,11 +35,12 @@ class Usage:
     """Which parameters some rank has used: what DDP has counted to decide which gradients it leaves alone.
 
     Args:
-        model: whose counts they are. The tensor is taken now, since asking for it in a hook would wait for ever.
+        model: whose counts they are; it is not held. The tensor is taken now, since asking for it in a hook would wait
+            for ever.
     """
 
     def __init__(self, model: DistributedDataParallel) -> None:
-        self._model = model
+        self._model = weakref.ref(model)
         self._counts = model.reducer._get_local_used_map()
         self._parameters = _trained(model)
 
@@ -46,8 +49,10 @@ class Usage:
 
         On CUDA this waits for the device, as DDP does too when a parameter is unused.
         """
-        counted = self._model.find_unused_parameters and not self._model.static_graph
-        if not counted or self._counts.numel() != len(self._parameters):
+        model = self._model()
+        if model is None or not model.find_unused_parameters or model.static_graph:
+            return []
+        if self._counts.numel() != len(self._parameters):  # some were frozen in between: whose these are is not known
             return []
         counts = self._counts.tolist()
         return [parameter for parameter, count in zip(self._parameters, counts, strict=True) if not count]

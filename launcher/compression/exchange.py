@@ -2,14 +2,16 @@
 
 Each rank owns one shard of the tensor. In pieces that travel one behind the other:
 
-1. *within a host* (where hosts hold several ranks): neighbours hand pieces in FP32 to the one that stands for their
-   owner, so that each host speaks with one voice and only once to the network;
+1. *give* (where hosts hold several ranks, equally many): neighbours hand pieces in FP32 to the one that stands for
+   their owner, so that each host speaks with one voice and only once to the network;
 2. *scatter*: each piece, divided by the number of ranks, is encoded and sent to its owner, who sums in FP32;
 3. *gather* (not for a reduce-scatter): the owner encodes the mean once, and every rank, itself included, reads the
-   same bytes, so that all hold the same result to the last bit.
+   same bytes, so that all hold the same result to the last bit;
+4. *share* (where hosts hold several ranks): neighbours hand each other the encoded means that they have gathered, and
+   where these lie in memory that they have in common, they *close* a piece together.
 
-What a rank keeps for itself is not encoded in 2. Both encodings may have error feedback. Messages are large, since each
-costs the backend a part of a millisecond; arithmetic goes through them in portions that stay in the cache.
+What a rank keeps for itself is not encoded in 2. Both encodings may have error feedback. Pieces are large, since each
+message costs the backend a part of a millisecond; arithmetic goes through them in portions that stay in the cache.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class Exchange:
     @cached_property
     def pipeline(self) -> Pipeline[Buffers]:
         """The chunks' way; its buffers are made when they are first needed, and as large as any tensor has needed."""
-        slots = (Buffers(number, self.codec, self.team) for number in range(self._num_slots))
+        slots = (Buffers(index, self.codec, self.team) for index in range(self._num_slots))
         return Pipeline(slots, waits_aside=self.team.device.type != "cuda")
 
     @cached_property
@@ -138,7 +140,7 @@ class Exchange:
                 for place in range(grid.ranks_per_host):
                     if place != grid.place:
                         self._read_means(chunk, place)
-        if self._neighbours.look_at_each_other:
+        if self._neighbours.shares_slots:
             yield posted(self._neighbours.close(chunk))
         return sent
 

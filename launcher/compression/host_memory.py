@@ -57,7 +57,7 @@ def _offer(nbytes: int, closing: ExitStack) -> _Offer | None:
         closing.callback(os.close, descriptor)
         os.truncate(descriptor, nbytes)
         os.pwrite(descriptor, nonce, nbytes)
-    except OSError:
+    except (OSError, OverflowError):
         return None
     return _Offer(os.getpid(), descriptor, nonce)
 
@@ -79,6 +79,6 @@ def _taken(offers: Sequence[_Offer | None], nbytes: int) -> list[Tensor] | None:
                 memory.append(torch.frombuffer(mmap.mmap(descriptor, nbytes), dtype=torch.uint8))
             finally:
                 os.close(descriptor)
-        except (OSError, ValueError):  # not ours to open, or too short
+        except (OSError, ValueError, MemoryError):  # not ours to open, or too short, or no room for so many addresses
             return None
     return memory

@@ -24,7 +24,7 @@ __all__ = ["Messages", "Neighbours", "SharedMemory", "build_neighbours"]
 class Neighbours(Protocol):
     """The ranks of this host, by their place on it."""
 
-    look_at_each_other: bool
+    shares_slots: bool
     """Whether what is handed over stays where it is, so that a chunk ends with ``close``."""
 
     def give(self, chunk: Span) -> Pending:
@@ -62,7 +62,7 @@ def build_neighbours(team: Team, codec: Codec, piece: int, num_slots: int) -> Ne
 class Messages:
     """Everything is sent."""
 
-    look_at_each_other = False
+    shares_slots = False
 
     def __init__(self, team: Team, codec: Codec) -> None:
         self._team = team
@@ -113,7 +113,7 @@ class SharedMemory:
         memory: of each place of this host, uint8, with room for all slots.
     """
 
-    look_at_each_other = True
+    shares_slots = True
 
     def __init__(self, team: Team, codec: Codec, piece: int, memory: Sequence[Tensor]) -> None:
         self._team = team
@@ -155,18 +155,18 @@ class SharedMemory:
 
     def _slot(self, chunk: Span, place: int) -> Tensor:
         own = place == self._team.grid.place
-        return self._memory[place][chunk.slot.number if own else int(chunk.slot.numbers[place])]
+        return self._memory[place][chunk.slot.index if own else int(chunk.slot.indices[place])]
 
     def _room(self, chunk: Span, writer: int, reader: int, host: int, length: int) -> Tensor:
         start = 4 * (reader * self._team.grid.num_hosts + host) * chunk.width
         return self._slot(chunk, writer)[start : start + 4 * length].view(torch.float32)
 
     def _tell(self, chunk: Span, stage: Stage) -> Pending:
-        """A message of a number to each neighbour, and one from each."""
-        tag, numbers, own = chunk.tag(stage), chunk.slot.numbers, self._team.grid.place
-        numbers[own] = chunk.slot.number
-        receive = [Parcel(numbers[place : place + 1], peer, tag) for place, peer in _others(self._team)]
-        send = [Parcel(numbers[own : own + 1], peer, tag) for _, peer in _others(self._team)]
+        """This rank's slot to each neighbour, and theirs."""
+        tag, indices, own = chunk.tag(stage), chunk.slot.indices, self._team.grid.place
+        indices[own] = chunk.slot.index
+        receive = [Parcel(indices[place : place + 1], peer, tag) for place, peer in _others(self._team)]
+        send = [Parcel(indices[own : own + 1], peer, tag) for _, peer in _others(self._team)]
         return self._team.exchange(receive, send, counts=False)
 
 

@@ -10,15 +10,15 @@ enqueued: chunks go on in the order in which they have sent, the same on every r
 
 from __future__ import annotations
 
-import atexit
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from launcher.compression.links import Pending
+from launcher.compression.servants import serve
 
 __all__ = ["Chunk", "Course", "Flight", "Pipeline"]
 
@@ -40,8 +40,7 @@ class Flight:
     awaited: Sequence[Pending] = ()
     """What must arrive before it goes on; when its course has ended, what must have left before the slot is free."""
     failure: BaseException | None = None
-    _tasks: SimpleQueue[Callable[[Flight], None] | None] = field(default_factory=SimpleQueue)
-    _thread: threading.Thread | None = None
+    _tasks: SimpleQueue[Callable[[], None] | None] | None = None
 
     def wait(self) -> None:
         """For what is awaited."""
@@ -53,25 +52,24 @@ class Flight:
 
     def wait_aside(self, then: Callable[[Flight], None]) -> None:
         """Wait in a thread, which calls ``then``."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="gradient-arrivals", daemon=True)
-            self._thread.start()
-            atexit.register(self._stop)
-        self._tasks.put(then)
+        if self._tasks is None:
+            self._tasks = SimpleQueue()
+            stop = partial(self._tasks.put, None)
+            serve(self, "gradient-arrivals", partial(_work_off, self._tasks), stop, _STOP_SECONDS)
+        self._tasks.put(partial(self._wait_then, then))
 
-    def _stop(self) -> None:
-        """A thread that wakes while the interpreter is taken down ends the process with an abort."""
-        assert self._thread is not None
-        self._tasks.put(None)
-        self._thread.join(_STOP_SECONDS)
+    def _wait_then(self, then: Callable[[Flight], None]) -> None:
+        try:
+            self.wait()
+        except BaseException as failure:  # raised where the chunk would have gone on
+            self.failure = failure
+        then(self)
 
-    def _work(self) -> None:
-        while (then := self._tasks.get()) is not None:
-            try:
-                self.wait()
-            except BaseException as failure:  # raised where the chunk would have gone on
-                self.failure = failure
-            then(self)
+
+def _work_off(tasks: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (task := tasks.get()) is not None:
+        task()
+        del task  # whose it is may be gone before the next one
 
 
 class Pipeline(Generic[Slot]):
@@ -88,14 +86,15 @@ class Pipeline(Generic[Slot]):
         self._free = deque(Flight(slot) for slot in slots)
         self._num_slots = len(self._free)
         self._waits_aside = waits_aside
+        self._failure: BaseException | None = None
         self.inbox: SimpleQueue[Any] = SimpleQueue()
         """Flights that can go on. Who runs the pipeline may have other things put there, to wait for both."""
 
     @property
     def should_start(self) -> bool:
-        """Whether one more chunk should start: there is room, and none under way can go on.
+        """Whether one more chunk should start: there is room, and nothing in the inbox goes before it.
 
-        On CUDA they always could, and would come to wait on the stream one after another.
+        On CUDA chunks under way could always go on, and would come to wait on the stream one after another.
         """
         return bool(self._free) and not (self._waits_aside and not self.inbox.empty())
 
@@ -105,7 +104,9 @@ class Pipeline(Generic[Slot]):
         return len(self._free) == self._num_slots
 
     def start(self, chunk: Chunk) -> None:
-        """Begin a chunk; there must be room."""
+        """Begin a chunk; there must be room. After a failure all fail as it did: peers are not in step any more."""
+        if self._failure is not None:
+            raise self._failure
         flight = self._free.popleft()
         flight.course = chunk(flight.slot)
         self._resume(flight)
@@ -115,6 +116,7 @@ class Pipeline(Generic[Slot]):
         if not self._waits_aside:
             flight.wait()
         if flight.failure is not None:
+            self._failure = flight.failure
             raise flight.failure
         if flight.course is None:
             flight.awaited = ()
@@ -125,7 +127,7 @@ class Pipeline(Generic[Slot]):
     def run(self, chunks: Iterable[Chunk]) -> None:
         """All of them, to the end."""
         for chunk in chunks:
-            while not self.should_start:
+            while not self.should_start and self._failure is None:
                 self.advance(self.inbox.get())
             self.start(chunk)
         while not self.is_idle:
@@ -138,6 +140,9 @@ class Pipeline(Generic[Slot]):
         except StopIteration as end:
             flight.course = None
             flight.awaited = end.value
+        except BaseException as failure:
+            self._failure = failure
+            raise
         if self._waits_aside:
             flight.wait_aside(self.inbox.put)
         else:

@@ -32,15 +32,15 @@ class Buffers:
     """The buffers of one chunk under way.
 
     Args:
-        number: of the slot.
+        index: of the slot.
         codec: what is sent.
         team: the ranks.
     """
 
-    def __init__(self, number: int, codec: Codec, team: Team) -> None:
-        self.number = number
-        self.numbers = torch.zeros(team.grid.ranks_per_host, dtype=torch.int64)
-        """The slots in which this host's ranks have the same chunk: they end chunks in different orders."""
+    def __init__(self, index: int, codec: Codec, team: Team) -> None:
+        self.index = index
+        self.indices = torch.zeros(team.grid.ranks_per_host, dtype=torch.int64)
+        """Of the slots in which this host's ranks have the same chunk: they end chunks in different orders."""
         self.num_hosts = team.grid.num_hosts
         self._codec = codec
         self._team = team

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launcher.compression import attach
 from launcher.compression.channel import Channel
 from launcher.compression.layout import Layout
 from launcher.compression.links import Team
@@ -23,6 +26,8 @@ from launcher.config.schema import Codec, CompressionConfig
 from tests.ranks import reducing
 from tests.ranks.processes import Ranks
 from tests.ranks.reducing import digest
+
+pytestmark = [pytest.mark.ranks, pytest.mark.timeout(120)]
 
 _NUMEL = 96 * 384
 _STEPS = 6
@@ -141,19 +146,50 @@ def test_no_file_and_no_name_is_left(pools: dict[int, Ranks]) -> None:
     assert pools[4].run(left_open) == [(set(), set())] * 4
 
 
-def mapped(rank: int) -> tuple[int, int]:
-    """Regions of the memory while a channel is in use, and when it is gone."""
+def left_of_models(rank: int, kind: str) -> list[tuple[int, int]]:
+    """Regions of the memory, and threads, while a model with a codec trains, and when it is gone."""
+    found = []
 
-    def regions() -> int:
-        return Path("/proc/self/maps").read_text().count("memfd:tminus-gradients")
+    def count() -> None:
+        gc.collect()
+        regions = Path("/proc/self/maps").read_text().count("memfd:tminus-gradients")
+        found.append((regions, threading.active_count()))
 
-    before = regions()
-    channel, wire = _channel(rank, "int8", 2, "")
-    channel.run_mean(0, torch.randn(_NUMEL), None)
-    during = regions() - before
-    del channel, wire
-    return during, regions() - before
+    count()
+    for _ in range(2):
+        given = reducing.Given(((64, 40), (300,)))
+        ddp = {"find_unused_parameters": kind == "ddp with unused"}
+        model = reducing.sharded(given, (4,)) if kind == "fsdp" else reducing.replicated(given, **ddp)
+        with reducing.hosts(rank, 2):
+            wire = attach(model, "int8")
+        for step in range(2):
+            reducing.backward(model, reducing.drawn(rank, step, ((64, 40), (300,))))
+        assert wire.take_bytes()
+        count()
+        dist.barrier()
+        del given, model, wire
+        count()
+    return found
 
 
-def test_memory_goes_with_its_channel(pools: dict[int, Ranks]) -> None:
-    assert pools[4].run(mapped) == [(2, 0)] * 4
+@pytest.mark.parametrize("kind", ["ddp", "ddp with unused", "fsdp"])
+def test_memory_and_threads_go_with_the_model(pools: dict[int, Ranks], kind: str) -> None:
+    for before, first, gone, second, gone_too in pools[4].run(left_of_models, kind):
+        assert first[0] == second[0] == 2
+        assert first[1] > before[1]
+        assert gone == gone_too == (0, before[1])
+
+
+@pytest.fixture(scope="module")
+def six() -> Iterator[Ranks]:
+    with Ranks(6) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("ranks_per_host", [2, 3])
+@pytest.mark.parametrize("config", ["fp16", "int8"])
+def test_so_it_is_on_three_hosts_and_with_three_ranks_on_each(six: Ranks, config: str, ranks_per_host: int) -> None:
+    for function in (means, shards):
+        through_memory, sent = (six.run(function, config, ranks_per_host, reason) for reason in ("", "no memfd"))
+        assert {way for way, *_ in through_memory} == {SharedMemory.__name__}
+        assert [found for _, *found in through_memory] == [found for _, *found in sent]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -137,6 +138,32 @@ def test_a_failure_in_a_chunk_reaches_the_caller(waits_aside: bool) -> None:
 
     with pytest.raises(RuntimeError, match="lost the peer"):
         Pipeline(["a"], waits_aside).run([broken])
+
+
+@aside
+def test_after_a_failure_all_fail_and_none_waits_for_ever(waits_aside: bool) -> None:
+    """Its peers are not in step any more, and its slot is not free."""
+
+    def broken(slot: str) -> Course:
+        yield Pending((), ())
+        raise RuntimeError("lost the peer")
+
+    pipeline, diary = Pipeline(["a", "b"], waits_aside), Diary()
+    for chunks in ([diary.chunk(0, 2), broken], [diary.chunk(1, 1)], [diary.chunk(2, 1)] * 5):
+        with pytest.raises(RuntimeError, match="lost the peer"):
+            pipeline.run(chunks)
+    assert not [number for what, number, _ in diary.entries if number > 0]
+
+
+def test_threads_end_with_their_pipeline() -> None:
+    gc.collect()  # other tests'
+    before = threading.active_count()
+    pipeline = Pipeline(["a", "b", "c"], waits_aside=True)
+    pipeline.run(Diary().chunk(number, 2) for number in range(9))
+    assert threading.active_count() > before
+    del pipeline
+    gc.collect()
+    assert threading.active_count() == before
 
 
 @aside
