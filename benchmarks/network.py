@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CONGESTION_CONTROL", "INTERFACE", "Host", "bytes_sent_here", "two_hosts", "why_not"]
+__all__ = ["INTERFACE", "Host", "bytes_sent_here", "two_hosts", "why_not"]
 
 INTERFACE = "link0"
 """The link's name on both hosts."""
-CONGESTION_CONTROL = "cubic"
+_CONGESTION_CONTROL = "cubic"
 _NETWORK = "10.77.0.0/24"
 _AVAILABLE = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 
@@ -45,8 +45,8 @@ def why_not() -> str | None:
     missing = [tool for tool in ("ip", "tc", "nsenter") if shutil.which(tool) is None]
     if missing:
         return f"{', '.join(missing)} not found (Debian: iproute2, util-linux)"
-    if CONGESTION_CONTROL not in _AVAILABLE.read_text().split():
-        return f"the kernel has no {CONGESTION_CONTROL}, TCP's congestion control here (modprobe tcp_cubic)"
+    if _CONGESTION_CONTROL not in _AVAILABLE.read_text().split():
+        return f"the kernel has no {_CONGESTION_CONTROL}, TCP's congestion control here (modprobe tcp_cubic)"
     return None
 
 
@@ -68,7 +68,7 @@ def two_hosts(rate: str) -> Iterator[tuple[Host, Host]]:
             _do(f"{inside} link set {INTERFACE} up")
             # By routes, to the other host and within this one: a namespace may not choose another than the machine's.
             for there in (_NETWORK, f"local {host.address} table local"):
-                way = f"dev {INTERFACE} src {host.address} congctl {CONGESTION_CONTROL}"
+                way = f"dev {INTERFACE} src {host.address} congctl {_CONGESTION_CONTROL}"
                 _do(f"{inside} route replace {there} {way}")
             _do(f"tc -n {host.namespace} qdisc add dev {INTERFACE} root tbf rate {rate} burst 256kb latency 200ms")
         yield hosts[0], hosts[1]

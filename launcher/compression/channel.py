@@ -24,7 +24,7 @@ from launcher.config.schema import Accumulate, Codec, CompressionConfig
 __all__ = ["Channel"]
 
 _SIZES = {
-    "cpu": Sizes(message_bytes=3 << 17, portion=1 << 17, num_slots=5),
+    "cpu": Sizes(message_bytes=3 << 17, portion=1 << 17, num_slots=5, sum_bytes=1 << 20),
     "cuda": Sizes(message_bytes=1 << 23, portion=1 << 23, num_slots=2, sum_bytes=1 << 23),
 }
 """On GPUs a launch must be worth its while, and there is no cache to stay in. On CPUs more bytes under way only fill

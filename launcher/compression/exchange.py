@@ -49,7 +49,7 @@ class Sizes:
     """Values that are encoded or decoded at once, at most."""
     num_slots: int
     """Chunks under way."""
-    sum_bytes: int = 1 << 20
+    sum_bytes: int
     """Of a chunk that the backend sums, encoded."""
 
 
@@ -140,8 +140,9 @@ class Exchange:
                 for place in range(grid.ranks_per_host):
                     if place != grid.place:
                         self._read_means(chunk, place)
-        if self._neighbours.shares_slots:
-            yield posted(self._neighbours.close(chunk))
+        closing = self._neighbours.close(chunk)
+        if closing is not None:
+            yield posted(closing)
         return sent
 
     def _scatter(self, chunk: Span) -> Pending:

@@ -24,9 +24,6 @@ __all__ = ["Messages", "Neighbours", "SharedMemory", "build_neighbours"]
 class Neighbours(Protocol):
     """The ranks of this host, by their place on it."""
 
-    shares_slots: bool
-    """Whether what is handed over stays where it is, so that a chunk ends with ``close``."""
-
     def give(self, chunk: Span) -> Pending:
         """Start to hand over the pieces that other places stand for, and to get those that this one does."""
 
@@ -39,8 +36,8 @@ class Neighbours(Protocol):
     def share(self, chunk: Span) -> Pending:
         """Start to exchange the means of all places."""
 
-    def close(self, chunk: Span) -> Pending:
-        """Nothing of the neighbours' is read any more; wait until they say the same."""
+    def close(self, chunk: Span) -> Pending | None:
+        """Nothing of the neighbours' is read any more; what to wait for before the slot is free, if anything."""
 
 
 def build_neighbours(team: Team, codec: Codec, piece: int, num_slots: int) -> Neighbours:
@@ -61,8 +58,6 @@ def build_neighbours(team: Team, codec: Codec, piece: int, num_slots: int) -> Ne
 
 class Messages:
     """Everything is sent."""
-
-    shares_slots = False
 
     def __init__(self, team: Team, codec: Codec) -> None:
         self._team = team
@@ -98,9 +93,8 @@ class Messages:
         receive = [Parcel(self.means(chunk, place), peer, tag) for place, peer in _others(self._team)]
         return self._team.exchange(receive, [Parcel(own, peer, tag) for _, peer in _others(self._team)])
 
-    def close(self, chunk: Span) -> Pending:
+    def close(self, chunk: Span) -> None:
         """What is read here is this rank's own copy."""
-        return Pending((), ())
 
 
 class SharedMemory:
@@ -112,8 +106,6 @@ class SharedMemory:
         piece: values of a chunk for one owner, at most; in whole blocks.
         memory: of each place of this host, uint8, with room for all slots.
     """
-
-    shares_slots = True
 
     def __init__(self, team: Team, codec: Codec, piece: int, memory: Sequence[Tensor]) -> None:
         self._team = team
@@ -150,7 +142,7 @@ class SharedMemory:
         return self._tell(chunk, Stage.share)
 
     def close(self, chunk: Span) -> Pending:
-        """The slot is free when all have read it."""
+        """All say so."""
         return self._tell(chunk, Stage.close)
 
     def _slot(self, chunk: Span, place: int) -> Tensor:

@@ -104,9 +104,7 @@ class Pipeline(Generic[Slot]):
         return len(self._free) == self._num_slots
 
     def start(self, chunk: Chunk) -> None:
-        """Begin a chunk; there must be room. After a failure all fail as it did: peers are not in step any more."""
-        if self._failure is not None:
-            raise self._failure
+        """Begin a chunk; there must be room."""
         flight = self._free.popleft()
         flight.course = chunk(flight.slot)
         self._resume(flight)
@@ -116,7 +114,6 @@ class Pipeline(Generic[Slot]):
         if not self._waits_aside:
             flight.wait()
         if flight.failure is not None:
-            self._failure = flight.failure
             raise flight.failure
         if flight.course is None:
             flight.awaited = ()
@@ -125,13 +122,19 @@ class Pipeline(Generic[Slot]):
             self._resume(flight)
 
     def run(self, chunks: Iterable[Chunk]) -> None:
-        """All of them, to the end."""
-        for chunk in chunks:
-            while not self.should_start and self._failure is None:
+        """All of them, to the end. After a failure this fails as it did: peers are not in step, nor slots free."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            for chunk in chunks:
+                while not self.should_start:
+                    self.advance(self.inbox.get())
+                self.start(chunk)
+            while not self.is_idle:
                 self.advance(self.inbox.get())
-            self.start(chunk)
-        while not self.is_idle:
-            self.advance(self.inbox.get())
+        except BaseException as failure:
+            self._failure = failure
+            raise
 
     def _resume(self, flight: Flight) -> None:
         assert flight.course is not None
@@ -140,9 +143,6 @@ class Pipeline(Generic[Slot]):
         except StopIteration as end:
             flight.course = None
             flight.awaited = end.value
-        except BaseException as failure:
-            self._failure = failure
-            raise
         if self._waits_aside:
             flight.wait_aside(self.inbox.put)
         else:

@@ -149,7 +149,7 @@ def test_after_a_failure_all_fail_and_none_waits_for_ever(waits_aside: bool) -> 
         raise RuntimeError("lost the peer")
 
     pipeline, diary = Pipeline(["a", "b"], waits_aside), Diary()
-    for chunks in ([diary.chunk(0, 2), broken], [diary.chunk(1, 1)], [diary.chunk(2, 1)] * 5):
+    for chunks in ([diary.chunk(0, 2), broken], [diary.chunk(1, 1)], [diary.chunk(2, 1)] * 5, []):
         with pytest.raises(RuntimeError, match="lost the peer"):
             pipeline.run(chunks)
     assert not [number for what, number, _ in diary.entries if number > 0]
