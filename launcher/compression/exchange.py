@@ -77,7 +77,8 @@ class Exchange:
     def pipeline(self) -> Pipeline[Buffers]:
         """The chunks' way; its buffers are made when they are first needed, and as large as any tensor has needed."""
         slots = (Buffers(index, self.codec, self.team) for index in range(self._num_slots))
-        return Pipeline(slots, waits_aside=self.team.device.type != "cuda")
+        waits_aside, one_by_one = self.team.device.type != "cuda", self.team.grid.ranks_per_host > 1
+        return Pipeline(slots, waits_aside, one_by_one)
 
     @cached_property
     def _workspace(self) -> Tensor:
@@ -125,6 +126,7 @@ class Exchange:
             sent.append(pending)
             return pending
 
+        self._expect(chunk)
         if grid.ranks_per_host > 1:
             yield posted(self._neighbours.give(chunk))
         yield posted(self._scatter(chunk))
@@ -145,15 +147,30 @@ class Exchange:
             yield posted(closing)
         return sent
 
+    def _expect(self, chunk: Span) -> None:
+        """Get ready for all that is to come."""
+        grid = self.team.grid
+        self._neighbours.expect(chunk)
+        length = chunk.length(self.team.rank)
+        pieces, means = [], []
+        for host, peer in self._peers:
+            piece = self._row(chunk.slot.received, host, chunk.width, length)
+            pieces.append(Parcel(piece, peer, chunk.tag(Stage.scatter)))
+            if chunk.job.gathers:
+                means.append(Parcel(self._mean(chunk, host, grid.place), peer, chunk.tag(Stage.gather)))
+        chunk.expected[Stage.scatter] = self.team.expect(pieces)
+        chunk.expected[Stage.gather] = self.team.expect(means)
+
+    @cached_property
+    def _peers(self) -> list[tuple[int, int]]:
+        """Of each other host, the rank in this one's place."""
+        grid = self.team.grid
+        return [(host, ranks[grid.place]) for host, ranks in enumerate(grid.ranks) if host != grid.host]
+
     def _scatter(self, chunk: Span) -> Pending:
         """Encode what each host's owner is to have, this host's ranks summed."""
-        grid, job = self.team.grid, chunk.job
-        tag = chunk.tag(Stage.scatter)
-        send, receive = [], []
-        for host in range(grid.num_hosts):
-            owner = grid.ranks[host][grid.place]
-            if host == grid.host:
-                continue
+        job, tag, send = chunk.job, chunk.tag(Stage.scatter), []
+        for host, owner in self._peers:
             length = chunk.length(owner)
             encoded = self._row(chunk.slot.sent, host, chunk.width, length)
             for first, last in self._portions(length):
@@ -162,9 +179,7 @@ class Exchange:
                 out = self._encoded(encoded, first, last)
                 self._encode(values, out, last - first, job.scattered, place_of_errors, job.terms)
             send.append(Parcel(encoded, owner, tag))
-            arriving = self._row(chunk.slot.received, host, chunk.width, chunk.length(self.team.rank))
-            receive.append(Parcel(arriving, owner, tag))
-        return self.team.exchange(receive, send)
+        return self.team.exchange(chunk.expected[Stage.scatter], send)
 
     def _add_up(
         self, chunk: Span, host: int, first: int, last: int, feedback: Feedback | None, place_of_errors: int
@@ -192,8 +207,7 @@ class Exchange:
         """This rank's positions ``first`` to ``last``, and their means with errors of before: FP32, whole blocks."""
         grid = self.team.grid
         length = chunk.length(self.team.rank)
-        others = [host for host in range(grid.num_hosts) if host != grid.host]
-        rows = [self._row(chunk.slot.received, host, chunk.width, length) for host in others]
+        rows = [self._row(chunk.slot.received, host, chunk.width, length) for host, _ in self._peers]
         for first, last in self._portions(length):
             mean = self._add_up(chunk, grid.host, first, last, feedback, chunk.first + first)
             for row in rows:
@@ -208,11 +222,8 @@ class Exchange:
             out = self._encoded(encoded, first, last)
             self._encode(mean, out, last - first, job.gathered, chunk.first + first, job.terms)
         tag = chunk.tag(Stage.gather)
-        peers = [(host, grid.ranks[host][grid.place]) for host in range(grid.num_hosts) if host != grid.host]
-        send = [Parcel(encoded, peer, tag) for _, peer in peers]
-        return self.team.exchange(
-            [Parcel(self._mean(chunk, host, grid.place), peer, tag) for host, peer in peers], send
-        )
+        send = [Parcel(encoded, peer, tag) for _, peer in self._peers]
+        return self.team.exchange(chunk.expected[Stage.gather], send)
 
     def _mean(self, chunk: Span, host: int, place: int) -> Tensor:
         """The encoded mean of what one rank owns."""

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Grid", "Parcel", "Pending", "Team", "host_key", "reduce_scatter"]
+__all__ = ["Expected", "Grid", "Parcel", "Pending", "Team", "host_key", "reduce_scatter"]
 
 # torch 2.13 has a new name and deprecates the old one, which is all that 2.11 has.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -107,6 +107,14 @@ class Pending:
             work.wait()
 
 
+class Expected(NamedTuple):
+    """What is to be received."""
+
+    parcels: Sequence[Parcel]
+    works: Sequence[dist.Work]
+    """Of the parcels, where they are posted already."""
+
+
 class Team:
     """A group of ranks that reduce together. Making one is collective over its ranks.
 
@@ -133,20 +141,28 @@ class Team:
             dist.all_gather_object(hosts, host_key(), group=self.group)
         self.grid = Grid.of_hosts(hosts, self.rank)
 
-    def exchange(self, receive: Sequence[Parcel], send: Sequence[Parcel], counts: bool = True) -> Pending:
-        """Start to receive from, and to send to, ranks of the team; ``counts``: as bytes sent."""
-        receive = [parcel for parcel in receive if parcel.content.numel()]
+    def expect(self, receive: Sequence[Parcel]) -> Expected:
+        """Get ready to receive from ranks of the team, the earlier the better: into buffers that nothing else uses.
+
+        gloo's senders begin when they have heard that there is room, and that news waits behind what is under way.
+        """
+        parcels = [parcel for parcel in receive if parcel.content.numel()]
+        if self._coalesces:
+            return Expected(parcels, ())
+        return Expected(parcels, [self.group.recv([parcel.content], parcel.peer, parcel.tag) for parcel in parcels])
+
+    def exchange(self, expected: Expected, send: Sequence[Parcel], counts: bool = True) -> Pending:
+        """Start to receive what is expected, and to send to ranks of the team; ``counts``: as bytes sent."""
         send = [parcel for parcel in send if parcel.content.numel()]
         self.bytes_sent += sum(parcel.content.nbytes for parcel in send) if counts else 0
         if self._coalesces:
             # NCCL's pairwise operations wait for each other unless they are one group.
+            receive = expected.parcels
             operations = [dist.P2POp(dist.irecv, p.content, group=self.group, group_peer=p.peer) for p in receive]
             operations += [dist.P2POp(dist.isend, p.content, group=self.group, group_peer=p.peer) for p in send]
             works = dist.batch_isend_irecv(operations) if operations else []
             return Pending(works, ())
-        # gloo: a receive that is posted first saves its sender a round trip.
-        received = [self.group.recv([parcel.content], parcel.peer, parcel.tag) for parcel in receive]
-        return Pending(received, [self.group.send([parcel.content], parcel.peer, parcel.tag) for parcel in send])
+        return Pending(expected.works, [self.group.send([parcel.content], parcel.peer, parcel.tag) for parcel in send])
 
     def reduce_scatter(self, target: Tensor, source: Tensor) -> Pending:
         """Start the backend's own sum of shards, in the type of ``source``; counted as what a ring sends."""

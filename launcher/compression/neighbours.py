@@ -24,6 +24,9 @@ __all__ = ["Messages", "Neighbours", "SharedMemory", "build_neighbours"]
 class Neighbours(Protocol):
     """The ranks of this host, by their place on it."""
 
+    def expect(self, chunk: Span) -> None:
+        """Get ready for what the others will have of it; before all else."""
+
     def give(self, chunk: Span) -> Pending:
         """Start to hand over the pieces that other places stand for, and to get those that this one does."""
 
@@ -63,16 +66,26 @@ class Messages:
         self._team = team
         self._codec = codec
 
+    def expect(self, chunk: Span) -> None:
+        """A message of each neighbour for each host, and one with its means."""
+        pieces, means = [], []
+        for place, peer in _others(self._team):
+            for host in range(self._team.grid.num_hosts):
+                pieces.append(Parcel(self.given(chunk, place, host), peer, chunk.tag(Stage.give, host)))
+            if chunk.job.gathers:
+                means.append(Parcel(self.means(chunk, place), peer, chunk.tag(Stage.share)))
+        chunk.expected[Stage.give] = self._team.expect(pieces)
+        chunk.expected[Stage.share] = self._team.expect(means)
+
     def give(self, chunk: Span) -> Pending:
         """A message for each neighbour and host."""
         grid = self._team.grid
-        send, receive = [], []
-        for place, peer in _others(self._team):
-            for host in range(grid.num_hosts):
-                tag = chunk.tag(Stage.give, host)
-                send.append(Parcel(chunk.piece(grid.ranks[host][place]), peer, tag))
-                receive.append(Parcel(self.given(chunk, place, host), peer, tag))
-        return self._team.exchange(receive, send)
+        send = [
+            Parcel(chunk.piece(grid.ranks[host][place]), peer, chunk.tag(Stage.give, host))
+            for place, peer in _others(self._team)
+            for host in range(grid.num_hosts)
+        ]
+        return self._team.exchange(chunk.expected[Stage.give], send)
 
     def given(self, chunk: Span, place: int, host: int) -> Tensor:
         """Where it arrives."""
@@ -90,8 +103,8 @@ class Messages:
         """A message for each neighbour."""
         tag = chunk.tag(Stage.share)
         own = self.means(chunk, self._team.grid.place)
-        receive = [Parcel(self.means(chunk, place), peer, tag) for place, peer in _others(self._team)]
-        return self._team.exchange(receive, [Parcel(own, peer, tag) for _, peer in _others(self._team)])
+        send = [Parcel(own, peer, tag) for _, peer in _others(self._team)]
+        return self._team.exchange(chunk.expected[Stage.share], send)
 
     def close(self, chunk: Span) -> None:
         """What is read here is this rank's own copy."""
@@ -112,6 +125,16 @@ class SharedMemory:
         self._codec = codec
         self._memory = [each.view(-1, _slot_bytes(team, codec, piece)) for each in memory]
         self._pieces_bytes = _pieces_bytes(team, piece)
+
+    def expect(self, chunk: Span) -> None:
+        """Of each neighbour the same news in each stage: its slot."""
+        indices, own = chunk.slot.indices, self._team.grid.place
+        indices[own] = chunk.slot.index
+        stages = (Stage.give, Stage.share, Stage.close) if chunk.job.gathers else (Stage.give, Stage.close)
+        for stage in stages:
+            tag = chunk.tag(stage)
+            news = [Parcel(indices[place : place + 1], peer, tag) for place, peer in _others(self._team)]
+            chunk.expected[stage] = self._team.expect(news)
 
     def give(self, chunk: Span) -> Pending:
         """Written for all neighbours, who hear in which slot."""
@@ -155,11 +178,9 @@ class SharedMemory:
 
     def _tell(self, chunk: Span, stage: Stage) -> Pending:
         """This rank's slot to each neighbour, and theirs."""
-        tag, indices, own = chunk.tag(stage), chunk.slot.indices, self._team.grid.place
-        indices[own] = chunk.slot.index
-        receive = [Parcel(indices[place : place + 1], peer, tag) for place, peer in _others(self._team)]
-        send = [Parcel(indices[own : own + 1], peer, tag) for _, peer in _others(self._team)]
-        return self._team.exchange(receive, send, counts=False)
+        own = chunk.slot.indices[self._team.grid.place].view(1)
+        send = [Parcel(own, peer, chunk.tag(stage)) for _, peer in _others(self._team)]
+        return self._team.exchange(chunk.expected[stage], send, counts=False)
 
 
 def _others(team: Team) -> Iterator[tuple[int, int]]:

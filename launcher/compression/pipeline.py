@@ -80,23 +80,30 @@ class Pipeline(Generic[Slot]):
     Args:
         slots: the buffers.
         waits_aside: whether waiting blocks, so that threads do it (CPUs).
+        one_by_one: whether a chunk starts only once the one before has gone on. Where a chunk's first piece is for
+            ranks on the same cores, starting all that there is room for keeps them from what the link waits for.
     """
 
-    def __init__(self, slots: Iterable[Slot], waits_aside: bool) -> None:
+    def __init__(self, slots: Iterable[Slot], waits_aside: bool, one_by_one: bool = False) -> None:
         self._free = deque(Flight(slot) for slot in slots)
         self._num_slots = len(self._free)
         self._waits_aside = waits_aside
+        self._one_by_one = one_by_one
+        self._latest: Flight | None = None
+        """The one that was started last, until it goes on."""
         self._failure: BaseException | None = None
         self.inbox: SimpleQueue[Any] = SimpleQueue()
         """Flights that can go on. Who runs the pipeline may have other things put there, to wait for both."""
 
     @property
     def should_start(self) -> bool:
-        """Whether one more chunk should start: there is room, and nothing in the inbox goes before it.
+        """Whether one more chunk should start: there is room, and nothing goes before it.
 
         On CUDA chunks under way could always go on, and would come to wait on the stream one after another.
         """
-        return bool(self._free) and not (self._waits_aside and not self.inbox.empty())
+        if not self._waits_aside:
+            return bool(self._free)
+        return bool(self._free) and self.inbox.empty() and not (self._one_by_one and self._latest is not None)
 
     @property
     def is_idle(self) -> bool:
@@ -107,10 +114,13 @@ class Pipeline(Generic[Slot]):
         """Begin a chunk; there must be room."""
         flight = self._free.popleft()
         flight.course = chunk(flight.slot)
+        self._latest = flight
         self._resume(flight)
 
     def advance(self, flight: Flight) -> None:
         """Take a chunk from the inbox a stage further."""
+        if flight is self._latest:
+            self._latest = None
         if not self._waits_aside:
             flight.wait()
         if flight.failure is not None:
@@ -130,6 +140,7 @@ class Pipeline(Generic[Slot]):
                 while not self.should_start:
                     self.advance(self.inbox.get())
                 self.start(chunk)
+            # Threads that still wait when the caller goes on can crash its profiler: torch's stops them in mid-wait.
             while not self.is_idle:
                 self.advance(self.inbox.get())
         except BaseException as failure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from launcher.compression.codecs import Codec
-from launcher.compression.links import Team
+from launcher.compression.links import Expected, Team
 from launcher.compression.reduction import Reduction
 
 __all__ = ["Buffers", "Span", "Stage"]
@@ -83,6 +83,8 @@ class Span:
     number: int
     """Of all chunks of the exchange, the same on every rank."""
     slot: Buffers
+    expected: dict[Stage, Expected] = field(default_factory=dict)
+    """What is to be received in each stage."""
 
     @property
     def width(self) -> int:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -75,8 +76,9 @@ def means(rank: int, config: str, ranks_per_host: int, reason: str) -> tuple[str
         wire.begin(torch.ones(()))
         _late(rank, step)
         channel.run_mean(0, flat, layout)
+        found.append(flat.clone())
+        flat.fill_(torch.nan)  # the next step's gradients, at once
         wire.conclude(torch.zeros(()))
-        found.append(flat)
     return type(channel._exchange._neighbours).__name__, digest(found), wire.take_bytes()
 
 
@@ -91,6 +93,8 @@ def shards(rank: int, config: str, ranks_per_host: int, reason: str) -> tuple[st
         wire.begin(torch.ones(()))
         _late(rank, step)
         channel.run_shard_mean(numel, source, shard, Layout.of_bucket([("p", numel)]))
+        assert channel.pipeline.is_idle, "the source is the caller's again: nothing of it is on its way"
+        source.fill_(torch.nan)
         wire.conclude(torch.zeros(()))
         found.append(shard)
     return type(channel._exchange._neighbours).__name__, digest(found)
@@ -124,6 +128,49 @@ def test_ranks_of_two_hosts_hand_over_whole_tensors_in_fp32_and_send_halves_of_t
     encoded = _NUMEL * (1 + 4 / 128)
     expected = 4 * _NUMEL / 2 + encoded / 2 + 2 * encoded / 4
     assert [count for _, _, count in pools[4].run(means, "int8", 2, "")] == [expected] * 4
+
+
+class _Watched:
+    """A process group that notes what is posted."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.posted: list[str] = []
+
+    def recv(self, *args: Any) -> Any:
+        self.posted.append("receive")
+        return self._group.recv(*args)
+
+    def send(self, *args: Any) -> Any:
+        self.posted.append("send")
+        return self._group.send(*args)
+
+
+def posted(rank: int, ranks_per_host: int, reason: str, gathers: bool) -> list[str]:
+    """By one chunk, in order."""
+    channel, _ = _channel(rank, "fp16", ranks_per_host, reason)
+    size = dist.get_world_size()
+    source, team = torch.randn(64 * size), channel.team
+    watched = _Watched(team.group)
+    team.group = watched  # type: ignore[assignment]
+    if gathers:
+        channel.run_mean(0, source, None)
+    else:
+        channel.run_shard_mean(0, source, torch.empty(64), None)
+    return watched.posted
+
+
+@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize(("ranks_per_host", "reason"), [(2, ""), (2, "no memfd"), (1, "")])
+def test_a_chunk_is_ready_for_all_that_is_to_come_before_it_sends(
+    pools: dict[int, Ranks], ranks_per_host: int, reason: str, gathers: bool
+) -> None:
+    """gloo's senders begin when they have heard of it, and that news waits behind what is under way."""
+    for entries in pools[4].run(posted, ranks_per_host, reason, gathers):
+        count = len(entries) // 2
+        assert entries == ["receive"] * count + ["send"] * count
+        neighbours = {(2, ""): 2 + gathers, (2, "no memfd"): 2 + gathers, (1, ""): 0}[ranks_per_host, reason]
+        assert count == neighbours + (1 if ranks_per_host == 2 else 3) * (1 + gathers)
 
 
 def left_open(rank: int) -> tuple[set[str], set[str]]:

@@ -59,10 +59,12 @@ class _Leaving(Pending):
         self._release()
 
 
-@given(st.booleans(), st.integers(1, 4), st.lists(st.integers(0, 4), max_size=9))
-def test_every_chunk_runs_to_its_end_in_a_slot_of_its_own(waits_aside: bool, num_slots: int, stages: list[int]) -> None:
+@given(st.booleans(), st.booleans(), st.integers(1, 4), st.lists(st.integers(0, 4), max_size=9))
+def test_every_chunk_runs_to_its_end_in_a_slot_of_its_own(
+    waits_aside: bool, one_by_one: bool, num_slots: int, stages: list[int]
+) -> None:
     diary = Diary()
-    pipeline = Pipeline([str(slot) for slot in range(num_slots)], waits_aside)
+    pipeline = Pipeline([str(slot) for slot in range(num_slots)], waits_aside, one_by_one)
     pipeline.run(diary.chunk(number, count) for number, count in enumerate(stages))
     assert pipeline.is_idle
     assert not diary.in_use, "what was sent has left before the slot is free"
@@ -102,6 +104,23 @@ def test_what_can_go_on_goes_before_what_could_start() -> None:
     assert not pipeline.should_start
     pipeline.run(diary.chunk(number, 2) for number in (1, 2))
     assert diary.entries.index(("sent", 0, 1)) < diary.entries.index(("sent", 1, 0))
+
+
+def test_one_by_one_a_chunk_starts_once_the_one_before_has_gone_on() -> None:
+    """But none waits for those before it to end."""
+    diary = Diary()
+    pipeline = Pipeline(["0", "1", "2"], waits_aside=True, one_by_one=True)
+    all_have_gone_on = threading.Event()
+
+    def wait(number: int, stage: int) -> None:
+        if (number, stage) == (2, 0):
+            all_have_gone_on.set()
+        elif stage == 1:
+            assert all_have_gone_on.wait(_SECONDS)
+
+    pipeline.run(diary.chunk(number, 2, wait) for number in range(3))
+    for number in (1, 2):
+        assert diary.entries.index(("arrived", number - 1, 0)) < diary.entries.index(("sent", number, 0))
 
 
 def test_a_chunk_whose_pieces_have_come_does_not_wait_for_an_older_one() -> None:
