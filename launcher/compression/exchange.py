@@ -148,7 +148,7 @@ class Exchange:
         return sent
 
     def _expect(self, chunk: Span) -> None:
-        """Get ready for all that is to come."""
+        """Get ready to receive all that others will send for it."""
         grid = self.team.grid
         self._neighbours.expect(chunk)
         length = chunk.length(self.team.rank)
@@ -163,7 +163,7 @@ class Exchange:
 
     @cached_property
     def _peers(self) -> list[tuple[int, int]]:
-        """Of each other host, the rank in this one's place."""
+        """(host, the rank in the same place) for each other host."""
         grid = self.team.grid
         return [(host, ranks[grid.place]) for host, ranks in enumerate(grid.ranks) if host != grid.host]
 

@@ -2,7 +2,8 @@
 
 ``Team`` is a group of ranks with a process group of its own, arranged by host: what is exchanged within a host does
 not cross the network. ``Team.exchange`` sends to several ranks and receives from several at once, point to point: on
-gloo that keeps a link busier than its collectives do, and no two ranks need to post in the same order.
+gloo that keeps a link busier than its collectives do, and no two ranks need to post in the same order. What is received
+is announced by ``Team.expect``, long before it is sent if possible.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class Expected(NamedTuple):
 
     parcels: Sequence[Parcel]
     works: Sequence[dist.Work]
-    """Of the parcels, where they are posted already."""
+    """Their receives, if posted already (gloo); else none."""
 
 
 class Team:
@@ -142,9 +143,10 @@ class Team:
         self.grid = Grid.of_hosts(hosts, self.rank)
 
     def expect(self, receive: Sequence[Parcel]) -> Expected:
-        """Get ready to receive from ranks of the team, the earlier the better: into buffers that nothing else uses.
+        """Get ready to receive from ranks of the team, the earlier the better.
 
-        gloo's senders begin when they have heard that there is room, and that news waits behind what is under way.
+        What arrives is written at any time from now on. gloo's senders begin when they have heard that there is room,
+        and that news waits behind what is under way.
         """
         parcels = [parcel for parcel in receive if parcel.content.numel()]
         if self._coalesces:

@@ -25,7 +25,7 @@ class Neighbours(Protocol):
     """The ranks of this host, by their place on it."""
 
     def expect(self, chunk: Span) -> None:
-        """Get ready for what the others will have of it; before all else."""
+        """Get ready to receive all that they will send for it, as ``chunk.expected``; called first."""
 
     def give(self, chunk: Span) -> Pending:
         """Start to hand over the pieces that other places stand for, and to get those that this one does."""
@@ -127,9 +127,8 @@ class SharedMemory:
         self._pieces_bytes = _pieces_bytes(team, piece)
 
     def expect(self, chunk: Span) -> None:
-        """Of each neighbour the same news in each stage: its slot."""
-        indices, own = chunk.slot.indices, self._team.grid.place
-        indices[own] = chunk.slot.index
+        """Of each neighbour the same news in each stage, its slot: whichever comes last changes nothing."""
+        indices = chunk.slot.indices
         stages = (Stage.give, Stage.share, Stage.close) if chunk.job.gathers else (Stage.give, Stage.close)
         for stage in stages:
             tag = chunk.tag(stage)

@@ -1,7 +1,8 @@
 """Many chunks under way at once, so that the link is busy while the arithmetic is done.
 
 A chunk is a generator: it yields whatever it waits for, and is resumed when that has arrived. A pipeline takes
-whichever chunk can go on, and starts the next one when none can and there is a slot (a set of buffers) for it.
+whichever chunk can go on, and starts the next one when none can and there is a slot (a set of buffers) for it; where
+ranks share cores, only when the one before has gone on.
 
 Nothing on CPUs waits for a chosen chunk: ranks start chunks at different times, so that two could wait for each other's
 for ever. Each slot has a thread that waits for what its chunk has under way, and says so. On CUDA waiting is only
@@ -80,8 +81,9 @@ class Pipeline(Generic[Slot]):
     Args:
         slots: the buffers.
         waits_aside: whether waiting blocks, so that threads do it (CPUs).
-        one_by_one: whether a chunk starts only once the one before has gone on. Where a chunk's first piece is for
-            ranks on the same cores, starting all that there is room for keeps them from what the link waits for.
+        one_by_one: whether a chunk starts only once the one before has gone on (where ``waits_aside``). If a chunk's
+            first piece is for ranks on the same cores, starting all that there is room for keeps them from what the
+            link waits for.
     """
 
     def __init__(self, slots: Iterable[Slot], waits_aside: bool, one_by_one: bool = False) -> None:
@@ -140,7 +142,8 @@ class Pipeline(Generic[Slot]):
                 while not self.should_start:
                     self.advance(self.inbox.get())
                 self.start(chunk)
-            # Threads that still wait when the caller goes on can crash its profiler: torch's stops them in mid-wait.
+            # To the end of what was sent: pieces may leave from the caller's own tensor. And torch's profiler can
+            # crash if the caller stops it while threads of ours wait.
             while not self.is_idle:
                 self.advance(self.inbox.get())
         except BaseException as failure:

@@ -39,7 +39,7 @@ class Buffers:
 
     def __init__(self, index: int, codec: Codec, team: Team) -> None:
         self.index = index
-        self.indices = torch.zeros(team.grid.ranks_per_host, dtype=torch.int64)
+        self.indices = torch.full((team.grid.ranks_per_host,), index)
         """Of the slots in which this host's ranks have the same chunk: they end chunks in different orders."""
         self.num_hosts = team.grid.num_hosts
         self._codec = codec
@@ -84,7 +84,7 @@ class Span:
     """Of all chunks of the exchange, the same on every rank."""
     slot: Buffers
     expected: dict[Stage, Expected] = field(default_factory=dict)
-    """What is to be received in each stage."""
+    """What is to be received in each stage; complete before the chunk sends anything."""
 
     @property
     def width(self) -> int:

@@ -76,9 +76,8 @@ def means(rank: int, config: str, ranks_per_host: int, reason: str) -> tuple[str
         wire.begin(torch.ones(()))
         _late(rank, step)
         channel.run_mean(0, flat, layout)
-        found.append(flat.clone())
-        flat.fill_(torch.nan)  # the next step's gradients, at once
         wire.conclude(torch.zeros(()))
+        found.append(flat)
     return type(channel._exchange._neighbours).__name__, digest(found), wire.take_bytes()
 
 
@@ -169,8 +168,28 @@ def test_a_chunk_is_ready_for_all_that_is_to_come_before_it_sends(
     for entries in pools[4].run(posted, ranks_per_host, reason, gathers):
         count = len(entries) // 2
         assert entries == ["receive"] * count + ["send"] * count
-        neighbours = {(2, ""): 2 + gathers, (2, "no memfd"): 2 + gathers, (1, ""): 0}[ranks_per_host, reason]
-        assert count == neighbours + (1 if ranks_per_host == 2 else 3) * (1 + gathers)
+        # With a neighbour: what it gives, one for each of two hosts or one and that it has read; and its means.
+        assert count == (2 + gathers) * (ranks_per_host - 1) + (4 // ranks_per_host - 1) * (1 + gathers)
+
+
+def may_start_a_second(rank: int, ranks_per_host: int) -> bool:
+    """Whether rank 0, which has started a chunk of which the others know nothing, would start another."""
+    channel, _ = _channel(rank, "fp16", ranks_per_host, "")
+    source = torch.randn(64 * dist.get_world_size())
+    if rank == 0:
+        channel.pipeline.start(next(channel.mean(0, source, None)))
+        found = channel.pipeline.should_start
+        dist.barrier()
+        channel.pipeline.run([])
+        return found
+    dist.barrier()
+    channel.run_mean(0, source, None)
+    return False
+
+
+def test_where_ranks_share_a_host_chunks_start_one_by_one(pools: dict[int, Ranks]) -> None:
+    assert pools[4].run(may_start_a_second, 2)[0] is False
+    assert pools[4].run(may_start_a_second, 1)[0] is True
 
 
 def left_open(rank: int) -> tuple[set[str], set[str]]:
