@@ -149,13 +149,12 @@ def posted(rank: int, ranks_per_host: int, reason: str, gathers: bool) -> list[s
     """By one chunk, in order."""
     channel, _ = _channel(rank, "fp16", ranks_per_host, reason)
     size = dist.get_world_size()
-    source, team = torch.randn(64 * size), channel.team
-    watched = _Watched(team.group)
-    team.group = watched  # type: ignore[assignment]
-    if gathers:
-        channel.run_mean(0, source, None)
-    else:
-        channel.run_shard_mean(0, source, torch.empty(64), None)
+    source, watched = torch.randn(64 * size), _Watched(channel.team.group)
+    with mock.patch.object(channel.team, "group", watched):
+        if gathers:
+            channel.run_mean(0, source, None)
+        else:
+            channel.run_shard_mean(0, source, torch.empty(64), None)
     return watched.posted
 
 
