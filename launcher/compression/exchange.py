@@ -7,8 +7,7 @@ Each rank owns one shard of the tensor. In pieces that travel one behind the oth
 2. *scatter*: each piece, divided by the number of ranks, is encoded and sent to its owner, who sums in FP32;
 3. *gather* (not for a reduce-scatter): the owner encodes the mean once, and every rank, itself included, reads the
    same bytes, so that all hold the same result to the last bit;
-4. *share* (where hosts hold several ranks): neighbours hand each other the encoded means that they have gathered, and
-   where these lie in memory that they have in common, they *close* a piece together.
+4. *share* (where hosts hold several ranks): neighbours hand each other the encoded means that they have gathered.
 
 What a rank keeps for itself is not encoded in 2. Both encodings may have error feedback. Pieces are large, since each
 message costs the backend a part of a millisecond; arithmetic goes through them in portions that stay in the cache.
@@ -76,7 +75,7 @@ class Exchange:
     @cached_property
     def pipeline(self) -> Pipeline[Buffers]:
         """The chunks' way; its buffers are made when they are first needed, and as large as any tensor has needed."""
-        slots = (Buffers(index, self.codec, self.team) for index in range(self._num_slots))
+        slots = (Buffers(self.codec, self.team) for _ in range(self._num_slots))
         waits_aside, one_by_one = self.team.device.type != "cuda", self.team.grid.ranks_per_host > 1
         return Pipeline(slots, waits_aside, one_by_one)
 
@@ -95,11 +94,11 @@ class Exchange:
         self._widest = max(self._widest, min(piece, padded(self.codec, reduction.shard)))
         for first in range(0, reduction.shard, piece):
             last = min(first + piece, reduction.shard)
-            yield partial(self._start, reduction, first, last, next(self._numbers))
+            yield partial(self._start, reduction, first, last)
 
-    def _start(self, reduction: Reduction, first: int, last: int, number: int, slot: Buffers) -> Course:
+    def _start(self, reduction: Reduction, first: int, last: int, slot: Buffers) -> Course:
         slot.fit(self._widest)
-        return self._course(Span(reduction, first, last, number, slot))
+        return self._course(Span(reduction, first, last, next(self._numbers), slot))
 
     def _portions(self, length: int) -> Iterator[tuple[int, int]]:
         """``length`` values in portions, as (first, last)."""
@@ -142,9 +141,6 @@ class Exchange:
                 for place in range(grid.ranks_per_host):
                     if place != grid.place:
                         self._read_means(chunk, place)
-        closing = self._neighbours.close(chunk)
-        if closing is not None:
-            yield posted(closing)
         return sent
 
     def _expect(self, chunk: Span) -> None:

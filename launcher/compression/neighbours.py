@@ -1,8 +1,8 @@
 """What the ranks of one host hand each other for a chunk: their pieces in FP32, and the encoded means that they own.
 
 ``Messages`` sends everything. ``SharedMemory`` writes it once to memory that the host's ranks have in common, where
-they read it: messages say only that it is there, and where, and that it may be overwritten. On CPUs sending within a
-host costs more of a core than all the arithmetic. Where they can have none, the whole team sends messages.
+they read it: messages say only that it is there. On CPUs sending within a host costs more of a core than all the
+arithmetic. Where they can have none, the whole team sends messages.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ class Neighbours(Protocol):
     def share(self, chunk: Span) -> Pending:
         """Start to exchange the means of all places."""
 
-    def close(self, chunk: Span) -> Pending | None:
-        """Nothing of the neighbours' is read any more; what to wait for before the slot is free, if anything."""
-
 
 def build_neighbours(team: Team, codec: Codec, piece: int, num_slots: int) -> Neighbours:
     """The faster way that is possible; collective over the team.
@@ -53,7 +50,7 @@ def build_neighbours(team: Team, codec: Codec, piece: int, num_slots: int) -> Ne
         num_slots: chunks under way.
     """
     if team.grid.ranks_per_host > 1 and team.device.type == "cpu":
-        memory = share_memory(team, num_slots * _slot_bytes(team, codec, piece))
+        memory = share_memory(team, 2 * num_slots * _room_bytes(team, codec, piece))
         if memory is not None:
             return SharedMemory(team, codec, piece, memory)
     return Messages(team, codec)
@@ -106,43 +103,43 @@ class Messages:
         send = [Parcel(own, peer, tag) for _, peer in _others(self._team)]
         return self._team.exchange(chunk.expected[Stage.share], send)
 
-    def close(self, chunk: Span) -> None:
-        """What is read here is this rank's own copy."""
-
 
 class SharedMemory:
     """Everything is written once.
+
+    There is twice as much room as for all slots, so that nobody needs to say what may be overwritten. A rank that
+    starts chunk n has ended chunk n - num_slots, and thus heard that all neighbours had started that one; they had
+    ended chunk n - 2 · num_slots then, in whose room it writes.
 
     Args:
         team: with several ranks on a host.
         codec: what means are encoded with.
         piece: values of a chunk for one owner, at most; in whole blocks.
-        memory: of each place of this host, uint8, with room for all slots.
+        memory: of each place of this host, uint8, with room for 2 · num_slots chunks.
     """
 
     def __init__(self, team: Team, codec: Codec, piece: int, memory: Sequence[Tensor]) -> None:
         self._team = team
         self._codec = codec
-        self._memory = [each.view(-1, _slot_bytes(team, codec, piece)) for each in memory]
+        self._rooms = [each.view(-1, _room_bytes(team, codec, piece)).unbind() for each in memory]
         self._pieces_bytes = _pieces_bytes(team, piece)
+        self._said, self._heard = torch.zeros(2, 1, dtype=torch.uint8).unbind()
+        """What messages hold: that they come is all they say."""
 
     def expect(self, chunk: Span) -> None:
-        """Of each neighbour the same news in each stage, its slot: whichever comes last changes nothing."""
-        indices = chunk.slot.indices
-        stages = (Stage.give, Stage.share, Stage.close) if chunk.job.gathers else (Stage.give, Stage.close)
-        for stage in stages:
+        """Of each neighbour a byte in each stage."""
+        for stage in (Stage.give, Stage.share) if chunk.job.gathers else (Stage.give,):
             tag = chunk.tag(stage)
-            news = [Parcel(indices[place : place + 1], peer, tag) for place, peer in _others(self._team)]
-            chunk.expected[stage] = self._team.expect(news)
+            chunk.expected[stage] = self._team.expect([Parcel(self._heard, peer, tag) for _, peer in _others(self._team)])
 
     def give(self, chunk: Span) -> Pending:
-        """Written for all neighbours, who hear in which slot."""
+        """Written for all neighbours."""
         grid = self._team.grid
         handed = 0
         for place, _ in _others(self._team):
             for host in range(grid.num_hosts):
                 piece = chunk.piece(grid.ranks[host][place])
-                self._room(chunk, grid.place, place, host, piece.numel()).copy_(piece)
+                self._piece(chunk, grid.place, place, host, piece.numel()).copy_(piece)
                 handed += piece.nbytes
         self._team.bytes_sent += handed
         return self._tell(chunk, Stage.give)
@@ -150,12 +147,12 @@ class SharedMemory:
     def given(self, chunk: Span, place: int, host: int) -> Tensor:
         """Where the neighbour has written it."""
         grid = self._team.grid
-        return self._room(chunk, place, grid.place, host, chunk.length(grid.ranks[host][grid.place]))
+        return self._piece(chunk, place, grid.place, host, chunk.length(grid.ranks[host][grid.place]))
 
     def means(self, chunk: Span, place: int) -> Tensor:
         """Where the neighbour has them."""
         width = self._team.grid.num_hosts * self._codec.encoded_bytes(padded(self._codec, chunk.width))
-        return self._slot(chunk, place)[self._pieces_bytes :][:width]
+        return self._room(chunk, place)[self._pieces_bytes :][:width]
 
     def share(self, chunk: Span) -> Pending:
         """They are there already."""
@@ -163,22 +160,17 @@ class SharedMemory:
         self._team.bytes_sent += own.nbytes * (self._team.grid.ranks_per_host - 1)
         return self._tell(chunk, Stage.share)
 
-    def close(self, chunk: Span) -> Pending:
-        """All say so."""
-        return self._tell(chunk, Stage.close)
+    def _room(self, chunk: Span, place: int) -> Tensor:
+        rooms = self._rooms[place]
+        return rooms[chunk.number % len(rooms)]
 
-    def _slot(self, chunk: Span, place: int) -> Tensor:
-        own = place == self._team.grid.place
-        return self._memory[place][chunk.slot.index if own else int(chunk.slot.indices[place])]
-
-    def _room(self, chunk: Span, writer: int, reader: int, host: int, length: int) -> Tensor:
+    def _piece(self, chunk: Span, writer: int, reader: int, host: int, length: int) -> Tensor:
         start = 4 * (reader * self._team.grid.num_hosts + host) * chunk.width
-        return self._slot(chunk, writer)[start : start + 4 * length].view(torch.float32)
+        return self._room(chunk, writer)[start : start + 4 * length].view(torch.float32)
 
     def _tell(self, chunk: Span, stage: Stage) -> Pending:
-        """This rank's slot to each neighbour, and theirs."""
-        own = chunk.slot.indices[self._team.grid.place].view(1)
-        send = [Parcel(own, peer, chunk.tag(stage)) for _, peer in _others(self._team)]
+        """Each neighbour, and hear them."""
+        send = [Parcel(self._said, peer, chunk.tag(stage)) for _, peer in _others(self._team)]
         return self._team.exchange(chunk.expected[stage], send, counts=False)
 
 
@@ -194,7 +186,7 @@ def _pieces_bytes(team: Team, piece: int) -> int:
     return 4 * team.grid.ranks_per_host * team.grid.num_hosts * piece
 
 
-def _slot_bytes(team: Team, codec: Codec, piece: int) -> int:
+def _room_bytes(team: Team, codec: Codec, piece: int) -> int:
     """Pieces for each place and host, and means of each host; in whole words of 8 bytes."""
     means = team.grid.num_hosts * codec.encoded_bytes(piece)
     return _pieces_bytes(team, piece) + -(-means // 8) * 8

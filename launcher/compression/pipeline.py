@@ -1,12 +1,13 @@
 """Many chunks under way at once, so that the link is busy while the arithmetic is done.
 
 A chunk is a generator: it yields whatever it waits for, and is resumed when that has arrived. A pipeline takes
-whichever chunk can go on, and starts the next one when none can and there is a slot (a set of buffers) for it; where
-ranks share cores, only when the one before has gone on.
+whichever chunk can go on, and starts the next one when none can and the slot (a set of buffers) whose turn it is is
+free; where ranks share cores, only when the one before has gone on. Slots take turns, so that a rank that has started a
+chunk has ended all that are as many slots older: what neighbours hand over rests on it.
 
-Nothing on CPUs waits for a chosen chunk: ranks start chunks at different times, so that two could wait for each other's
-for ever. Each slot has a thread that waits for what its chunk has under way, and says so. On CUDA waiting is only
-enqueued: chunks go on in the order in which they have sent, the same on every rank.
+Nothing on CPUs waits for a younger chunk: ranks start chunks at different times, so that two could wait for each
+other's for ever. Each slot has a thread that waits for what its chunk has under way, and says so. On CUDA waiting is
+only enqueued: chunks go on in the order in which they have sent, the same on every rank.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Flight:
     awaited: Sequence[Pending] = ()
     """What must arrive before it goes on; when its course has ended, what must have left before the slot is free."""
     failure: BaseException | None = None
+    is_free: bool = True
     _tasks: SimpleQueue[Callable[[], None] | None] | None = None
 
     def wait(self) -> None:
@@ -87,8 +89,8 @@ class Pipeline(Generic[Slot]):
     """
 
     def __init__(self, slots: Iterable[Slot], waits_aside: bool, one_by_one: bool = False) -> None:
-        self._free = deque(Flight(slot) for slot in slots)
-        self._num_slots = len(self._free)
+        self._flights = deque(Flight(slot) for slot in slots)
+        """The first is the next to start."""
         self._waits_aside = waits_aside
         self._one_by_one = one_by_one
         self._latest: Flight | None = None
@@ -104,17 +106,20 @@ class Pipeline(Generic[Slot]):
         On CUDA chunks under way could always go on, and would come to wait on the stream one after another.
         """
         if not self._waits_aside:
-            return bool(self._free)
-        return bool(self._free) and self.inbox.empty() and not (self._one_by_one and self._latest is not None)
+            return self._flights[0].is_free
+        waits_for_latest = self._one_by_one and self._latest is not None
+        return self._flights[0].is_free and self.inbox.empty() and not waits_for_latest
 
     @property
     def is_idle(self) -> bool:
         """Whether no chunk is under way."""
-        return len(self._free) == self._num_slots
+        return all(flight.is_free for flight in self._flights)
 
     def start(self, chunk: Chunk) -> None:
         """Begin a chunk; there must be room."""
-        flight = self._free.popleft()
+        flight = self._flights[0]
+        self._flights.rotate(-1)
+        flight.is_free = False
         flight.course = chunk(flight.slot)
         self._latest = flight
         self._resume(flight)
@@ -129,7 +134,7 @@ class Pipeline(Generic[Slot]):
             raise flight.failure
         if flight.course is None:
             flight.awaited = ()
-            self._free.append(flight)
+            flight.is_free = True
         else:
             self._resume(flight)
 

@@ -25,22 +25,17 @@ class Stage(IntEnum):
     scatter = 1
     gather = 2
     share = 3
-    close = 4
 
 
 class Buffers:
     """The buffers of one chunk under way.
 
     Args:
-        index: of the slot.
         codec: what is sent.
         team: the ranks.
     """
 
-    def __init__(self, index: int, codec: Codec, team: Team) -> None:
-        self.index = index
-        self.indices = torch.full((team.grid.ranks_per_host,), index)
-        """Of the slots in which this host's ranks have the same chunk: they end chunks in different orders."""
+    def __init__(self, codec: Codec, team: Team) -> None:
         self.num_hosts = team.grid.num_hosts
         self._codec = codec
         self._team = team

@@ -74,6 +74,10 @@ def test_every_chunk_runs_to_its_end_in_a_slot_of_its_own(
         assert sorted(done) == [(number, stage) for number, count in enumerate(stages) for stage in range(count)]
     begun = [number for what, number, stage in diary.entries if (what, stage) == ("sent", 0)]
     assert begun == [number for number, count in enumerate(stages) if count], "they start in order"
+    for number in begun:
+        if number >= num_slots:
+            older = diary.entries.index(("done", number - num_slots, 0))
+            assert older < diary.entries.index(("sent", number, 0)), "slots take turns"
 
 
 @aside
@@ -122,6 +126,24 @@ def test_one_by_one_a_chunk_starts_once_the_one_before_has_gone_on() -> None:
     may_end.set()
     pipeline.run([diary.chunk(1, 2, wait)])
     assert pipeline.is_idle
+
+
+def test_a_slot_that_is_free_before_its_turn_stays_so() -> None:
+    """Neighbours rest on it: who has started a chunk has ended all that are as many slots older."""
+    diary, may_end = Diary(), threading.Event()
+    pipeline = Pipeline(["0", "1"], waits_aside=True)
+    pipeline.start(diary.chunk(0, 1, lambda number, stage: _await(may_end)))
+    pipeline.start(diary.chunk(1, 1))
+    while ("done", 1, 0) not in diary.entries or len(diary.in_use) > 1:
+        pipeline.advance(pipeline.inbox.get(timeout=_SECONDS))
+    assert not pipeline.should_start
+    may_end.set()
+    pipeline.run([diary.chunk(2, 1)])
+    assert [number for what, number, _ in diary.entries if what == "done"] == [1, 0, 2]
+
+
+def _await(event: threading.Event) -> None:
+    assert event.wait(_SECONDS)
 
 
 def test_a_chunk_whose_pieces_have_come_does_not_wait_for_an_older_one() -> None:
