@@ -38,6 +38,9 @@ class Codec(Protocol):
     def add_decoded(self, encoded: Tensor, total: Tensor) -> None:
         """Add what is read from ``encoded`` to ``total``, FP32 (n,)."""
 
+    def witness(self, encoded: Tensor, values: Tensor) -> Tensor:
+        """What is finite if and only if ``values`` are, which were decoded or lost, FP32 (n,)."""
+
 
 def padded(codec: Codec, numel: int) -> int:
     """``numel`` and what is missing to whole blocks."""
@@ -79,6 +82,10 @@ class Half:
             self._work = torch.empty_like(total)
         total.add_(self._work[: total.numel()].copy_(halves))
 
+    def witness(self, encoded: Tensor, values: Tensor) -> Tensor:
+        """All of them; a norm of halves takes longer."""
+        return values
+
 
 class BlockInt8:
     """8 bits a value and one FP32 scale for each block of values: the block's largest magnitude becomes 127.
@@ -89,7 +96,7 @@ class BlockInt8:
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self._work: tuple[Tensor, Tensor, Tensor] | None = None
+        self._workspace = _Workspace(block_size)
 
     def encoded_bytes(self, numel: int) -> int:
         """A byte a value, four a block."""
@@ -100,18 +107,18 @@ class BlockInt8:
         numel = values.numel()
         blocks = values.view(-1, self.block_size)
         scales = out[numel:].view(torch.float32)
-        scaled, lowest, inverse = self._workspace(values)
+        work = self._workspace.fit(values)
         # The magnitude of a block; both reductions hand on NaN. Cheaper than one over absolute values.
         torch.amax(blocks, dim=1, out=scales)
-        torch.amin(blocks, dim=1, out=lowest)
-        torch.maximum(scales, lowest.neg_(), out=scales).clamp_(min=_TINY).mul_(1.0 / _LARGEST)
-        torch.reciprocal(scales, out=inverse)
-        torch.mul(blocks, inverse.unsqueeze(1), out=scaled.view(-1, self.block_size))
+        torch.amin(blocks, dim=1, out=work.lowest)
+        torch.maximum(scales, work.lowest.neg_(), out=scales).clamp_(min=_TINY).mul_(1.0 / _LARGEST)
+        torch.reciprocal(scales, out=work.inverse)
+        torch.mul(blocks, work.factors, out=work.blocks)
         # In a block that is not finite any byte may be written: its scale makes all of it non-finite.
-        out[:numel].view(torch.int8).copy_(scaled.round_())
+        out[:numel].view(torch.int8).copy_(work.values.round_())
         if lost is not None:
-            rounded, scale = scaled.view(-1, self.block_size), scales.unsqueeze(1)
-            torch.addcmul(blocks, rounded, scale, value=-1.0, out=lost.view(-1, self.block_size))
+            factors, left = scales.unsqueeze(1), lost.view(-1, self.block_size)
+            torch.addcmul(blocks, work.blocks, factors, value=-1.0, out=left)
 
     def decode(self, encoded: Tensor, out: Tensor) -> None:
         """Each byte times its block's scale."""
@@ -121,16 +128,36 @@ class BlockInt8:
 
     def add_decoded(self, encoded: Tensor, total: Tensor) -> None:
         """A sum in FP32."""
-        scaled, _, _ = self._workspace(total)
-        self.decode(encoded, scaled)
-        total.add_(scaled)
+        numel, work = total.numel(), self._workspace.fit(total)
+        work.values.copy_(encoded[:numel].view(torch.int8))
+        scales = encoded[numel:].view(torch.float32).unsqueeze(1)
+        total.view(-1, self.block_size).addcmul_(work.blocks, scales)
 
-    def _workspace(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For ``values.numel()`` values: as many, and two vectors with one number a block."""
+    def witness(self, encoded: Tensor, values: Tensor) -> Tensor:
+        """The scales: one that is not finite makes all of its block so, and nothing else does."""
+        return encoded[values.numel() :].view(torch.float32)
+
+
+class _Workspace:
+    """Room for what a piece passes through, and its views for the size that was asked for last: most have one size."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._room = torch.empty(0)
+        self.values = self.blocks = self.lowest = self.inverse = self.factors = self._room
+
+    def fit(self, values: Tensor) -> _Workspace:
+        """Itself, for as many values as these, on their device."""
         numel = values.numel()
-        if self._work is None or self._work[0].numel() < numel or self._work[0].device != values.device:
-            blocks = values.new_empty(2, numel // self.block_size, dtype=torch.float32)
-            self._work = values.new_empty(numel, dtype=torch.float32), blocks[0], blocks[1]
-        scaled, lowest, inverse = self._work
-        num_blocks = numel // self.block_size
-        return scaled[:numel], lowest[:num_blocks], inverse[:num_blocks]
+        if self.values.numel() == numel and self.values.device == values.device:
+            return self
+        num_blocks = numel // self._block_size
+        if self._room.numel() < numel + 2 * num_blocks or self._room.device != values.device:
+            self._room = values.new_empty(numel + 2 * num_blocks, dtype=torch.float32)
+        self.values, last = self._room[:numel], numel + num_blocks
+        self.lowest, self.inverse = self._room[numel:last], self._room[last : last + num_blocks]
+        self.blocks = self.values.view(-1, self._block_size)
+        """(number of blocks, block_size): the values."""
+        self.factors = self.inverse.unsqueeze(1)
+        """(number of blocks, 1): what blocks are multiplied by."""
+        return self

@@ -235,13 +235,12 @@ class Exchange:
             start = owner * job.shard + chunk.first
             for first, last in self._portions(chunk.length(owner)):
                 target, portion = job.target[start + first : start + last], self._encoded(encoded, first, last)
-                if padded(self.codec, last - first) == last - first:
-                    self.codec.decode(portion, target)
-                else:
-                    whole = self._workspace[1][: padded(self.codec, last - first)]
-                    self.codec.decode(portion, whole)
+                numel = padded(self.codec, last - first)
+                whole = target if numel == last - first else self._workspace[1][:numel]
+                self.codec.decode(portion, whole)
+                if whole is not target:
                     target.copy_(whole[: last - first])
-                job.terms.look(target)
+                job.terms.look(self.codec.witness(portion, whole))
 
     def _encode(
         self, values: Tensor, out: Tensor, length: int, feedback: Feedback | None, offset: int, terms: StepTerms
@@ -256,4 +255,4 @@ class Exchange:
         self.codec.encode(values, out, lost)
         terms.measure(values, lost)
         if feedback is not None:
-            feedback.keep(lost[:length], offset, terms)
+            feedback.keep(lost[:length], offset, terms, self.codec.witness(out, lost))

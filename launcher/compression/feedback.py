@@ -36,13 +36,21 @@ class Feedback:
         """Where this step's errors from ``offset`` on are kept."""
         return self.fresh[offset : offset + length]
 
-    def keep(self, errors: Tensor, offset: int, terms: StepTerms) -> None:
-        """Remember this step's errors, FP32 (n,), which carry the loss scale and may be where they are to be kept."""
+    def keep(self, errors: Tensor, offset: int, terms: StepTerms, witness: Tensor | None = None) -> None:
+        """Remember this step's errors.
+
+        Args:
+            errors: FP32 (n,); they carry the loss scale, and may be where they are to be kept.
+            offset: of the first.
+            terms: the step's.
+            witness: is finite if and only if they are; None: they are looked at themselves.
+        """
         room = self.room(offset, errors.numel())
         if errors.data_ptr() != room.data_ptr():
             torch.mul(errors, terms.inverse_loss_scale, out=room)
+            witness = None  # what is finite may not be so in units of the true gradient
         self._written = True
-        terms.look(room)  # now, while it is in the cache: another reading of all errors would delay the next step
+        terms.look(room if witness is None else witness)  # now, while it is in the cache
 
     def stay(self, offset: int, length: int) -> None:
         """What this step has written there is not sent to anybody: what was kept stays."""

@@ -130,7 +130,9 @@ class SharedMemory:
         """Of each neighbour a byte in each stage."""
         for stage in (Stage.give, Stage.share) if chunk.job.gathers else (Stage.give,):
             tag = chunk.tag(stage)
-            chunk.expected[stage] = self._team.expect([Parcel(self._heard, peer, tag) for _, peer in _others(self._team)])
+            chunk.expected[stage] = self._team.expect(
+                [Parcel(self._heard, peer, tag) for _, peer in _others(self._team)]
+            )
 
     def give(self, chunk: Span) -> Pending:
         """Written for all neighbours."""

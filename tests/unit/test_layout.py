@@ -107,13 +107,16 @@ def test_errors_are_free_of_the_loss_scale() -> None:
     assert feedback.carried(1, torch.empty(2), terms).tolist() == [1.0, 2.0]
 
 
-def test_errors_written_where_they_are_kept_need_no_copy() -> None:
+def test_errors_written_where_they_are_kept_need_no_copy_and_no_second_look() -> None:
     feedback, terms = Feedback(3, CPU), StepTerms(CPU)
-    room = feedback.room(1, 2)
-    room.copy_(torch.tensor([3.0, 4.0]))
-    feedback.keep(room, 1, terms)
-    feedback.settle(APPLIED)
-    assert feedback.kept.tolist() == [0.0, 3.0, 4.0]
+    terms.looks = True
+    for witness, is_finite in ((torch.ones(1), True), (torch.tensor([float("inf")]), False)):
+        room = feedback.room(1, 2)
+        room.copy_(torch.tensor([3.0, 4.0]))
+        feedback.keep(room, 1, terms, witness)
+        feedback.settle(APPLIED)
+        assert feedback.kept.tolist() == [0.0, 3.0, 4.0]
+        assert bool(terms.take_non_finite()) is not is_finite
 
 
 @pytest.mark.parametrize(
