@@ -132,12 +132,16 @@ class Exchange:
         if not job.gathers:
             for first, last, mean in self._means(chunk, feedback=None):
                 job.target[chunk.first + first : chunk.first + last] = mean[: last - first]
+            read = self._neighbours.share(chunk)
+            if read is not None:
+                yield posted(read)
         else:
             yield posted(self._gather(chunk))
-            shared = posted(self._neighbours.share(chunk))
+            shared = self._neighbours.share(chunk)
+            assert shared is not None
             self._read_means(chunk, grid.place)
             if grid.ranks_per_host > 1:
-                yield shared
+                yield posted(shared)
                 for place in range(grid.ranks_per_host):
                     if place != grid.place:
                         self._read_means(chunk, place)

@@ -36,8 +36,12 @@ class Neighbours(Protocol):
     def means(self, chunk: Span, place: int) -> Tensor:
         """The encoded means that the ranks in one place of each host own, uint8; this rank's place: where to write."""
 
-    def share(self, chunk: Span) -> Pending:
-        """Start to exchange the means of all places."""
+    def share(self, chunk: Span) -> Pending | None:
+        """Nothing that was given is read any more: start to exchange the means of all places, if they are gathered.
+
+        Returns:
+            What to wait for, if anything, before means are read or the chunk ends.
+        """
 
 
 def build_neighbours(team: Team, codec: Codec, piece: int, num_slots: int) -> Neighbours:
@@ -50,9 +54,10 @@ def build_neighbours(team: Team, codec: Codec, piece: int, num_slots: int) -> Ne
         num_slots: chunks under way.
     """
     if team.grid.ranks_per_host > 1 and team.device.type == "cpu":
-        memory = share_memory(team, 2 * num_slots * _room_bytes(team, codec, piece))
+        pieces, means = _pieces_bytes(team, piece), _means_bytes(team, codec, piece)
+        memory = share_memory(team, num_slots * (pieces + 2 * means))
         if memory is not None:
-            return SharedMemory(team, codec, piece, memory)
+            return SharedMemory(team, codec, piece, memory, num_slots)
     return Messages(team, codec)
 
 
@@ -96,8 +101,10 @@ class Messages:
         width = self._team.grid.num_hosts * self._codec.encoded_bytes(padded(self._codec, chunk.width))
         return chunk.slot.means.view(self._team.grid.ranks_per_host, -1)[place, :width]
 
-    def share(self, chunk: Span) -> Pending:
+    def share(self, chunk: Span) -> Pending | None:
         """A message for each neighbour."""
+        if not chunk.job.gathers:
+            return None
         tag = chunk.tag(Stage.share)
         own = self.means(chunk, self._team.grid.place)
         send = [Parcel(own, peer, tag) for _, peer in _others(self._team)]
@@ -107,28 +114,30 @@ class Messages:
 class SharedMemory:
     """Everything is written once.
 
-    There is twice as much room as for all slots, so that nobody needs to say what may be overwritten. A rank that
-    starts chunk n has ended chunk n - num_slots, and thus heard that all neighbours had started that one; they had
-    ended chunk n - 2 · num_slots then, in whose room it writes.
+    Nobody waits to hear what may be overwritten. A rank that starts chunk n has ended chunk n - num_slots, and thus heard
+    that all neighbours had read its pieces of that one: there it writes the next. They had started it, and thus ended
+    chunk n - 2 · num_slots, and read its means: so there is room for twice as many of these.
 
     Args:
         team: with several ranks on a host.
         codec: what means are encoded with.
         piece: values of a chunk for one owner, at most; in whole blocks.
-        memory: of each place of this host, uint8, with room for 2 · num_slots chunks.
+        memory: of each place of this host, uint8: num_slots times its pieces, 2 · num_slots times its means.
+        num_slots: chunks under way.
     """
 
-    def __init__(self, team: Team, codec: Codec, piece: int, memory: Sequence[Tensor]) -> None:
+    def __init__(self, team: Team, codec: Codec, piece: int, memory: Sequence[Tensor], num_slots: int) -> None:
         self._team = team
         self._codec = codec
-        self._rooms = [each.view(-1, _room_bytes(team, codec, piece)).unbind() for each in memory]
-        self._pieces_bytes = _pieces_bytes(team, piece)
+        end = num_slots * _pieces_bytes(team, piece)
+        self._pieces = [each[:end].view(num_slots, -1).unbind() for each in memory]
+        self._means = [each[end:].view(2 * num_slots, -1).unbind() for each in memory]
         self._said, self._heard = torch.zeros(2, 1, dtype=torch.uint8).unbind()
         """What messages hold: that they come is all they say."""
 
     def expect(self, chunk: Span) -> None:
         """Of each neighbour a byte in each stage."""
-        for stage in (Stage.give, Stage.share) if chunk.job.gathers else (Stage.give,):
+        for stage in (Stage.give, Stage.share):
             tag = chunk.tag(stage)
             chunk.expected[stage] = self._team.expect(
                 [Parcel(self._heard, peer, tag) for _, peer in _others(self._team)]
@@ -141,7 +150,7 @@ class SharedMemory:
         for place, _ in _others(self._team):
             for host in range(grid.num_hosts):
                 piece = chunk.piece(grid.ranks[host][place])
-                self._piece(chunk, grid.place, place, host, piece.numel()).copy_(piece)
+                self._room(chunk, grid.place, place, host, piece.numel()).copy_(piece)
                 handed += piece.nbytes
         self._team.bytes_sent += handed
         return self._tell(chunk, Stage.give)
@@ -149,26 +158,25 @@ class SharedMemory:
     def given(self, chunk: Span, place: int, host: int) -> Tensor:
         """Where the neighbour has written it."""
         grid = self._team.grid
-        return self._piece(chunk, place, grid.place, host, chunk.length(grid.ranks[host][grid.place]))
+        return self._room(chunk, place, grid.place, host, chunk.length(grid.ranks[host][grid.place]))
 
     def means(self, chunk: Span, place: int) -> Tensor:
         """Where the neighbour has them."""
         width = self._team.grid.num_hosts * self._codec.encoded_bytes(padded(self._codec, chunk.width))
-        return self._room(chunk, place)[self._pieces_bytes :][:width]
+        rooms = self._means[place]
+        return rooms[chunk.number % len(rooms)][:width]
 
     def share(self, chunk: Span) -> Pending:
         """They are there already."""
-        own = self.means(chunk, self._team.grid.place)
-        self._team.bytes_sent += own.nbytes * (self._team.grid.ranks_per_host - 1)
+        if chunk.job.gathers:
+            own = self.means(chunk, self._team.grid.place)
+            self._team.bytes_sent += own.nbytes * (self._team.grid.ranks_per_host - 1)
         return self._tell(chunk, Stage.share)
 
-    def _room(self, chunk: Span, place: int) -> Tensor:
-        rooms = self._rooms[place]
-        return rooms[chunk.number % len(rooms)]
-
-    def _piece(self, chunk: Span, writer: int, reader: int, host: int, length: int) -> Tensor:
+    def _room(self, chunk: Span, writer: int, reader: int, host: int, length: int) -> Tensor:
+        rooms = self._pieces[writer]
         start = 4 * (reader * self._team.grid.num_hosts + host) * chunk.width
-        return self._room(chunk, writer)[start : start + 4 * length].view(torch.float32)
+        return rooms[chunk.number % len(rooms)][start : start + 4 * length].view(torch.float32)
 
     def _tell(self, chunk: Span, stage: Stage) -> Pending:
         """Each neighbour, and hear them."""
@@ -188,7 +196,5 @@ def _pieces_bytes(team: Team, piece: int) -> int:
     return 4 * team.grid.ranks_per_host * team.grid.num_hosts * piece
 
 
-def _room_bytes(team: Team, codec: Codec, piece: int) -> int:
-    """Pieces for each place and host, and means of each host; in whole words of 8 bytes."""
-    means = team.grid.num_hosts * codec.encoded_bytes(piece)
-    return _pieces_bytes(team, piece) + -(-means // 8) * 8
+def _means_bytes(team: Team, codec: Codec, piece: int) -> int:
+    return team.grid.num_hosts * codec.encoded_bytes(piece)
