@@ -7,7 +7,8 @@ Each rank owns one shard of the tensor. In pieces that travel one behind the oth
 2. *scatter*: each piece, divided by the number of ranks, is encoded and sent to its owner, who sums in FP32;
 3. *gather* (not for a reduce-scatter): the owner encodes the mean once, and every rank, itself included, reads the
    same bytes, so that all hold the same result to the last bit;
-4. *share* (where hosts hold several ranks): neighbours hand each other the encoded means that they have gathered.
+4. *share* (where hosts hold several ranks): neighbours hand each other the encoded means that they have gathered, and
+   have read what they were given.
 
 What a rank keeps for itself is not encoded in 2. Both encodings may have error feedback. Pieces are large, since each
 message costs the backend a part of a millisecond; arithmetic goes through them in portions that stay in the cache.
@@ -129,22 +130,19 @@ class Exchange:
         if grid.ranks_per_host > 1:
             yield posted(self._neighbours.give(chunk))
         yield posted(self._scatter(chunk))
-        if not job.gathers:
+        if job.gathers:
+            yield posted(self._gather(chunk))
+            shared = posted(self._neighbours.share(chunk))
+            self._read_means(chunk, grid.place)
+        else:
             for first, last, mean in self._means(chunk, feedback=None):
                 job.target[chunk.first + first : chunk.first + last] = mean[: last - first]
-            read = self._neighbours.share(chunk)
-            if read is not None:
-                yield posted(read)
-        else:
-            yield posted(self._gather(chunk))
-            shared = self._neighbours.share(chunk)
-            assert shared is not None
-            self._read_means(chunk, grid.place)
-            if grid.ranks_per_host > 1:
-                yield posted(shared)
-                for place in range(grid.ranks_per_host):
-                    if place != grid.place:
-                        self._read_means(chunk, place)
+            shared = posted(self._neighbours.share(chunk))
+        if grid.ranks_per_host > 1:
+            yield shared
+            for place in range(grid.ranks_per_host) if job.gathers else ():
+                if place != grid.place:
+                    self._read_means(chunk, place)
         return sent
 
     def _expect(self, chunk: Span) -> None:

@@ -36,12 +36,8 @@ class Neighbours(Protocol):
     def means(self, chunk: Span, place: int) -> Tensor:
         """The encoded means that the ranks in one place of each host own, uint8; this rank's place: where to write."""
 
-    def share(self, chunk: Span) -> Pending | None:
-        """Nothing that was given is read any more: start to exchange the means of all places, if they are gathered.
-
-        Returns:
-            What to wait for, if anything, before means are read or the chunk ends.
-        """
+    def share(self, chunk: Span) -> Pending:
+        """Nothing that was given is read any more: start to exchange the means of all places, if they are gathered."""
 
 
 def build_neighbours(team: Team, codec: Codec, piece: int, num_slots: int) -> Neighbours:
@@ -101,22 +97,21 @@ class Messages:
         width = self._team.grid.num_hosts * self._codec.encoded_bytes(padded(self._codec, chunk.width))
         return chunk.slot.means.view(self._team.grid.ranks_per_host, -1)[place, :width]
 
-    def share(self, chunk: Span) -> Pending | None:
+    def share(self, chunk: Span) -> Pending:
         """A message for each neighbour."""
-        if not chunk.job.gathers:
-            return None
-        tag = chunk.tag(Stage.share)
-        own = self.means(chunk, self._team.grid.place)
-        send = [Parcel(own, peer, tag) for _, peer in _others(self._team)]
+        tag, send = chunk.tag(Stage.share), []
+        if chunk.job.gathers:
+            own = self.means(chunk, self._team.grid.place)
+            send = [Parcel(own, peer, tag) for _, peer in _others(self._team)]
         return self._team.exchange(chunk.expected[Stage.share], send)
 
 
 class SharedMemory:
     """Everything is written once.
 
-    Nobody waits to hear what may be overwritten. A rank that starts chunk n has ended chunk n - num_slots, and thus heard
-    that all neighbours had read its pieces of that one: there it writes the next. They had started it, and thus ended
-    chunk n - 2 · num_slots, and read its means: so there is room for twice as many of these.
+    No message says that means may be overwritten. A rank that starts chunk n has ended chunk n - num_slots, and thus
+    heard that all neighbours had read its pieces of that one: it writes the new ones there. They had started it, and
+    thus ended chunk n - 2 · num_slots, and read its means: there is room for twice as many of these.
 
     Args:
         team: with several ranks on a host.
@@ -138,10 +133,8 @@ class SharedMemory:
     def expect(self, chunk: Span) -> None:
         """Of each neighbour a byte in each stage."""
         for stage in (Stage.give, Stage.share):
-            tag = chunk.tag(stage)
-            chunk.expected[stage] = self._team.expect(
-                [Parcel(self._heard, peer, tag) for _, peer in _others(self._team)]
-            )
+            news = [Parcel(self._heard, peer, chunk.tag(stage)) for _, peer in _others(self._team)]
+            chunk.expected[stage] = self._team.expect(news)
 
     def give(self, chunk: Span) -> Pending:
         """Written for all neighbours."""

@@ -167,8 +167,8 @@ def test_a_chunk_is_ready_for_all_that_is_to_come_before_it_sends(
     for entries in pools[4].run(posted, ranks_per_host, reason, gathers):
         count = len(entries) // 2
         assert entries == ["receive"] * count + ["send"] * count
-        # With a neighbour: what it gives, a message for each of two hosts or a word of it; and its means, or a word that it
-        # has read what it was given, or nothing.
+        # With a neighbour: what it gives, a message for each of two hosts or a word of it; and its means, or (through
+        # memory) a word that it has read.
         given, told = (2, gathers) if reason else (1, 1)
         assert count == (given + told) * (ranks_per_host - 1) + (4 // ranks_per_host - 1) * (1 + gathers)
 
