@@ -144,7 +144,15 @@ class _Workspace:
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._room = torch.empty(0)
-        self.values = self.blocks = self.lowest = self.inverse = self.factors = self._room
+        self.values = self._room
+        self.blocks = self._room
+        """(number of blocks, block_size): the values."""
+        self.lowest = self._room
+        """(number of blocks,)"""
+        self.inverse = self._room
+        """(number of blocks,)"""
+        self.factors = self._room
+        """(number of blocks, 1): the inverses, to multiply blocks by."""
 
     def fit(self, values: Tensor) -> _Workspace:
         """Itself, for as many values as these, on their device."""
@@ -152,12 +160,11 @@ class _Workspace:
         if self.values.numel() == numel and self.values.device == values.device:
             return self
         num_blocks = numel // self._block_size
-        if self._room.numel() < numel + 2 * num_blocks or self._room.device != values.device:
-            self._room = values.new_empty(numel + 2 * num_blocks, dtype=torch.float32)
-        self.values, last = self._room[:numel], numel + num_blocks
-        self.lowest, self.inverse = self._room[numel:last], self._room[last : last + num_blocks]
-        self.blocks = self.values.view(-1, self._block_size)
-        """(number of blocks, block_size): the values."""
+        last = numel + num_blocks
+        if self._room.numel() < last + num_blocks or self._room.device != values.device:
+            self._room = values.new_empty(last + num_blocks, dtype=torch.float32)
+        self.blocks = self._room[:numel].view(-1, self._block_size)
+        self.values, self.lowest = self._room[:numel], self._room[numel:last]
+        self.inverse = self._room[last : last + num_blocks]
         self.factors = self.inverse.unsqueeze(1)
-        """(number of blocks, 1): what blocks are multiplied by."""
         return self

@@ -7,8 +7,8 @@ Each rank owns one shard of the tensor. In pieces that travel one behind the oth
 2. *scatter*: each piece, divided by the number of ranks, is encoded and sent to its owner, who sums in FP32;
 3. *gather* (not for a reduce-scatter): the owner encodes the mean once, and every rank, itself included, reads the
    same bytes, so that all hold the same result to the last bit;
-4. *share* (where hosts hold several ranks): neighbours hand each other the encoded means that they have gathered, and
-   have read what they were given.
+4. *share* (where hosts hold several ranks): neighbours hand each other the encoded means that they have gathered, if
+   any, and tell by it that they have read what they were given.
 
 What a rank keeps for itself is not encoded in 2. Both encodings may have error feedback. Pieces are large, since each
 message costs the backend a part of a millisecond; arithmetic goes through them in portions that stay in the cache.

@@ -1,8 +1,8 @@
 """What the ranks of one host hand each other for a chunk: their pieces in FP32, and the encoded means that they own.
 
 ``Messages`` sends everything. ``SharedMemory`` writes it once to memory that the host's ranks have in common, where
-they read it: messages say only that it is there. On CPUs sending within a host costs more of a core than all the
-arithmetic. Where they can have none, the whole team sends messages.
+they read it: messages say only that it is there, or has been read. On CPUs sending within a host costs more of a core
+than all the arithmetic. Where they can have none, the whole team sends messages.
 """
 
 from __future__ import annotations
@@ -50,10 +50,9 @@ def build_neighbours(team: Team, codec: Codec, piece: int, num_slots: int) -> Ne
         num_slots: chunks under way.
     """
     if team.grid.ranks_per_host > 1 and team.device.type == "cpu":
-        pieces, means = _pieces_bytes(team, piece), _means_bytes(team, codec, piece)
-        memory = share_memory(team, num_slots * (pieces + 2 * means))
+        memory = share_memory(team, num_slots * _slot_bytes(team, codec, piece))
         if memory is not None:
-            return SharedMemory(team, codec, piece, memory, num_slots)
+            return SharedMemory(team, codec, piece, memory)
     return Messages(team, codec)
 
 
@@ -109,24 +108,22 @@ class Messages:
 class SharedMemory:
     """Everything is written once.
 
-    No message says that means may be overwritten. A rank that starts chunk n has ended chunk n - num_slots, and thus
-    heard that all neighbours had read its pieces of that one: it writes the new ones there. They had started it, and
-    thus ended chunk n - 2 · num_slots, and read its means: there is room for twice as many of these.
+    What may be overwritten follows from the turns that slots take. A rank that starts chunk n has ended the chunk that
+    had this slot before, and thus heard that its neighbours have read its pieces of that one. Means of n are written
+    once they have all given their pieces of n; they have started it then, and read the means that were there before.
 
     Args:
         team: with several ranks on a host.
         codec: what means are encoded with.
         piece: values of a chunk for one owner, at most; in whole blocks.
-        memory: of each place of this host, uint8: num_slots times its pieces, 2 · num_slots times its means.
-        num_slots: chunks under way.
+        memory: of each place of this host, uint8, with room for all slots.
     """
 
-    def __init__(self, team: Team, codec: Codec, piece: int, memory: Sequence[Tensor], num_slots: int) -> None:
+    def __init__(self, team: Team, codec: Codec, piece: int, memory: Sequence[Tensor]) -> None:
         self._team = team
         self._codec = codec
-        end = num_slots * _pieces_bytes(team, piece)
-        self._pieces = [each[:end].view(num_slots, -1).unbind() for each in memory]
-        self._means = [each[end:].view(2 * num_slots, -1).unbind() for each in memory]
+        self._slots = [each.view(-1, _slot_bytes(team, codec, piece)).unbind() for each in memory]
+        self._pieces_bytes = _pieces_bytes(team, piece)
         self._said, self._heard = torch.zeros(2, 1, dtype=torch.uint8).unbind()
         """What messages hold: that they come is all they say."""
 
@@ -156,8 +153,7 @@ class SharedMemory:
     def means(self, chunk: Span, place: int) -> Tensor:
         """Where the neighbour has them."""
         width = self._team.grid.num_hosts * self._codec.encoded_bytes(padded(self._codec, chunk.width))
-        rooms = self._means[place]
-        return rooms[chunk.number % len(rooms)][:width]
+        return self._slot(chunk, place)[self._pieces_bytes :][:width]
 
     def share(self, chunk: Span) -> Pending:
         """They are there already."""
@@ -166,10 +162,13 @@ class SharedMemory:
             self._team.bytes_sent += own.nbytes * (self._team.grid.ranks_per_host - 1)
         return self._tell(chunk, Stage.share)
 
+    def _slot(self, chunk: Span, place: int) -> Tensor:
+        slots = self._slots[place]
+        return slots[chunk.number % len(slots)]
+
     def _room(self, chunk: Span, writer: int, reader: int, host: int, length: int) -> Tensor:
-        rooms = self._pieces[writer]
         start = 4 * (reader * self._team.grid.num_hosts + host) * chunk.width
-        return rooms[chunk.number % len(rooms)][start : start + 4 * length].view(torch.float32)
+        return self._slot(chunk, writer)[start : start + 4 * length].view(torch.float32)
 
     def _tell(self, chunk: Span, stage: Stage) -> Pending:
         """Each neighbour, and hear them."""
@@ -189,5 +188,7 @@ def _pieces_bytes(team: Team, piece: int) -> int:
     return 4 * team.grid.ranks_per_host * team.grid.num_hosts * piece
 
 
-def _means_bytes(team: Team, codec: Codec, piece: int) -> int:
-    return team.grid.num_hosts * codec.encoded_bytes(piece)
+def _slot_bytes(team: Team, codec: Codec, piece: int) -> int:
+    """Pieces for each place and host, and means of each host; in whole words of 8 bytes."""
+    means = team.grid.num_hosts * codec.encoded_bytes(piece)
+    return _pieces_bytes(team, piece) + -(-means // 8) * 8

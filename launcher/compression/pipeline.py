@@ -2,12 +2,13 @@
 
 A chunk is a generator: it yields whatever it waits for, and is resumed when that has arrived. A pipeline takes
 whichever chunk can go on, and starts the next one when none can and the slot (a set of buffers) whose turn it is is
-free; where ranks share cores, only when the one before has gone on. Slots take turns, so that a rank that has started a
-chunk has ended all that are as many slots older: what neighbours hand over rests on it.
+free; where ranks share cores, only when the one before has gone on. Slots take turns: a rank that starts chunk n has
+ended chunk n - (number of slots) and all before it, from which neighbours know what they may overwrite.
 
-Nothing on CPUs waits for a younger chunk: ranks start chunks at different times, so that two could wait for each
-other's for ever. Each slot has a thread that waits for what its chunk has under way, and says so. On CUDA waiting is
-only enqueued: chunks go on in the order in which they have sent, the same on every rank.
+On CPUs a chunk waits only for its own messages, and starts only after older ones: if it waited for a younger one, two
+ranks that have started different chunks could wait for each other for ever. Each slot has a thread that waits for what
+its chunk has under way, and says so. On CUDA waiting is only enqueued: chunks go on in the order in which they have
+sent, the same on every rank.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ class Pipeline(Generic[Slot]):
     def start(self, chunk: Chunk) -> None:
         """Begin a chunk; there must be room."""
         flight = self._flights[0]
+        assert flight.is_free
         self._flights.rotate(-1)
         flight.is_free = False
         flight.course = chunk(flight.slot)

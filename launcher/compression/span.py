@@ -76,7 +76,7 @@ class Span:
     first: int
     last: int
     number: int
-    """Of all chunks of the exchange, the same on every rank."""
+    """Of all chunks of the exchange, in the order in which they start, without gaps: the same on every rank."""
     slot: Buffers
     expected: dict[Stage, Expected] = field(default_factory=dict)
     """What is to be received in each stage; complete before the chunk sends anything."""

@@ -107,6 +107,14 @@ def test_errors_are_free_of_the_loss_scale() -> None:
     assert feedback.carried(1, torch.empty(2), terms).tolist() == [1.0, 2.0]
 
 
+def test_errors_that_are_finite_only_with_the_loss_scale_are_seen() -> None:
+    feedback, terms = Feedback(1, CPU), StepTerms(CPU)
+    terms.begin(torch.tensor(1e-30), measures=False)
+    terms.looks = True
+    feedback.keep(torch.tensor([1e10]), 0, terms, witness=torch.ones(1))
+    assert terms.take_non_finite()
+
+
 def test_errors_written_where_they_are_kept_need_no_copy_and_no_second_look() -> None:
     feedback, terms = Feedback(3, CPU), StepTerms(CPU)
     terms.looks = True
