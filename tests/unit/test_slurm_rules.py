@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -67,8 +68,15 @@ def text(run: Path = RUN, **changes: Any) -> str:
     return batch.batch_file(slurm_config(**changes), run, run / "submission" / "0", run / "submission" / "0" / "code")
 
 
-@pytest.mark.skipif(not Path("/usr/bin/srun").exists(), reason="submitit wants srun, and there is none here")
 class TestBatchFile:
+    @pytest.fixture(autouse=True)
+    def has_srun(self, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+        """submitit wants to see one before it writes a file, and starts none."""
+        srun = tmp_path_factory.mktemp("bin") / "srun"
+        srun.write_text("#!/bin/sh\nexit 1\n")
+        srun.chmod(0o755)
+        monkeypatch.setenv("PATH", str(srun.parent), prepend=os.pathsep)
+
     def test_one_task_per_node_and_every_typed_option(self) -> None:
         written = text(
             cluster__partition="long",
