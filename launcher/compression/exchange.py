@@ -242,7 +242,8 @@ class Exchange:
                 self.codec.decode(portion, whole)
                 if whole is not target:
                     target.copy_(whole[: last - first])
-                job.terms.look(self.codec.witness(portion, whole))
+                if job.terms.looks:
+                    job.terms.look(self.codec.witness(portion, whole))
 
     def _encode(
         self, values: Tensor, out: Tensor, length: int, feedback: Feedback | None, offset: int, terms: StepTerms
@@ -257,4 +258,4 @@ class Exchange:
         self.codec.encode(values, out, lost)
         terms.measure(values, lost)
         if feedback is not None:
-            feedback.keep(lost[:length], offset, terms, self.codec.witness(out, lost))
+            feedback.keep(lost[:length], offset, terms, self.codec.witness(out, lost) if terms.looks else None)
