@@ -1,4 +1,7 @@
-"""16 bits that the backend itself sums, in 16 bits: its own collectives, in chunks that travel one behind the other."""
+"""16 bits that the backend itself sums over all ranks, in 16 bits: its own collectives, in chunks one behind the other.
+
+With several ranks on each host gloo sums over hosts only; that is ``Exchange``.
+"""
 
 from __future__ import annotations
 

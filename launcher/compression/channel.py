@@ -52,10 +52,14 @@ class Channel:
         self._memories: dict[Hashable, Memories] = {}
         sizes = _SIZES[team.device.type]
         codec = _codec(config)
-        self._exchange = Exchange(team, codec, sizes)
         self._backend: BackendSum | None = None
+        sums_over_hosts = None
         if config.accumulate is Accumulate.wire and isinstance(codec, Half):
-            self._backend = BackendSum(team, codec, sizes)
+            if team.device.type == "cpu" and team.grid.ranks_per_host > 1:  # NCCL knows by itself who is near
+                sums_over_hosts = codec.dtype
+            else:
+                self._backend = BackendSum(team, codec, sizes)
+        self._exchange = Exchange(team, codec, sizes, sums_over_hosts)
         wire.counters.append(team)
 
     @property

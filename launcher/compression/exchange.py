@@ -7,11 +7,11 @@ Each rank owns one shard of the tensor. In pieces that travel one behind the oth
 2. *scatter*: each piece, divided by the number of ranks, is encoded and sent to its owner, who sums in FP32;
 3. *gather* (not for a reduce-scatter): the owner encodes the mean once, and every rank, itself included, reads the
    same bytes, so that all hold the same result to the last bit;
+   or, instead of 2 and 3, the backend sums over the hosts what each has encoded for all owners, in 16 bits;
 4. *share* (where hosts hold several ranks): neighbours hand each other the encoded means that they have gathered, if
    any, and tell by it that they have read what they were given.
 
-What a rank keeps for itself is not encoded in 2. Both encodings may have error feedback. Pieces are large, since each
-message costs the backend a part of a millisecond; arithmetic goes through them in portions that stay in the cache.
+What a rank keeps for itself is not encoded in 2. Both encodings may have error feedback.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from launcher.compression.arithmetic import Arithmetic
 from launcher.compression.codecs import Codec, padded
-from launcher.compression.feedback import Feedback
 from launcher.compression.links import Parcel, Pending, Team
 from launcher.compression.neighbours import build_neighbours
 from launcher.compression.pipeline import Chunk, Course, Pipeline
 from launcher.compression.reduction import Reduction
 from launcher.compression.span import Buffers, Span, Stage
-from launcher.compression.terms import StepTerms
 
 __all__ = ["Exchange", "Sizes"]
 
@@ -53,6 +54,13 @@ class Sizes:
     """Of a chunk that the backend sums, encoded."""
 
 
+class _Column(NamedTuple):
+    """The ranks in this place of each host, over which the backend sums."""
+
+    group: dist.ProcessGroup
+    dtype: torch.dtype
+
+
 class Exchange:
     """A team and a codec: cuts reductions into chunks, which a pipeline runs.
 
@@ -60,9 +68,10 @@ class Exchange:
         team: of at least two ranks.
         codec: what crosses the network.
         sizes: of messages and portions.
+        backend_sums: the type that ``codec`` encodes to, if the backend is to sum whole means over the hosts in it.
     """
 
-    def __init__(self, team: Team, codec: Codec, sizes: Sizes) -> None:
+    def __init__(self, team: Team, codec: Codec, sizes: Sizes, backend_sums: torch.dtype | None = None) -> None:
         self.team = team
         self.codec = codec
         block = codec.block_size
@@ -72,6 +81,8 @@ class Exchange:
         self._widest = 0
         self._numbers = count()
         self._neighbours = build_neighbours(team, codec, self._piece, sizes.num_slots)
+        self._arithmetic = Arithmetic(team, codec, self._neighbours, min(self._portion, self._piece))
+        self._column = None if backend_sums is None else _Column(team.new_column(), backend_sums)
 
     @cached_property
     def pipeline(self) -> Pipeline[Buffers]:
@@ -79,10 +90,6 @@ class Exchange:
         slots = (Buffers(self.codec, self.team) for _ in range(self._num_slots))
         waits_aside, one_by_one = self.team.device.type != "cuda", self.team.grid.ranks_per_host > 1
         return Pipeline(slots, waits_aside, one_by_one)
-
-    @cached_property
-    def _workspace(self) -> Tensor:
-        return torch.empty(2, min(self._portion, self._piece), device=self.team.device)
 
     def shard_size(self, numel: int) -> int:
         """Elements that each rank owns of ``numel``, in whole blocks."""
@@ -101,17 +108,6 @@ class Exchange:
         slot.fit(self._widest)
         return self._course(Span(reduction, first, last, next(self._numbers), slot))
 
-    def _portions(self, length: int) -> Iterator[tuple[int, int]]:
-        """``length`` values in portions, as (first, last)."""
-        step = self._workspace.shape[1]
-        for first in range(0, length, step):
-            yield first, min(first + step, length)
-
-    def _encoded(self, buffer: Tensor, first: int, last: int) -> Tensor:
-        """The portion ``first`` to ``last`` of an encoded piece."""
-        start = self.codec.encoded_bytes(first)
-        return buffer[start : start + self.codec.encoded_bytes(padded(self.codec, last - first))]
-
     def _row(self, buffer: Tensor, index: int, width: int, length: int) -> Tensor:
         """An encoded piece of ``length`` values in a buffer with rows for ``width`` values."""
         start = index * self.codec.encoded_bytes(padded(self.codec, width))
@@ -129,15 +125,17 @@ class Exchange:
         self._expect(chunk)
         if grid.ranks_per_host > 1:
             yield posted(self._neighbours.give(chunk))
-        yield posted(self._scatter(chunk))
-        if job.gathers:
-            yield posted(self._gather(chunk))
-            shared = posted(self._neighbours.share(chunk))
-            self._read_means(chunk, grid.place)
+        if self._column is not None and job.gathers:
+            yield posted(self._sum(chunk, self._column))
         else:
-            for first, last, mean in self._means(chunk, feedback=None):
-                job.target[chunk.first + first : chunk.first + last] = mean[: last - first]
-            shared = posted(self._neighbours.share(chunk))
+            yield posted(self._scatter(chunk))
+            if job.gathers:
+                yield posted(self._gather(chunk))
+            else:
+                self._arithmetic.write_means(chunk, self._received(chunk))
+        shared = posted(self._neighbours.share(chunk))
+        if job.gathers:
+            self._read_means(chunk, grid.place)
         if grid.ranks_per_host > 1:
             yield shared
             for place in range(grid.ranks_per_host) if job.gathers else ():
@@ -149,6 +147,8 @@ class Exchange:
         """Get ready to receive all that others will send for it."""
         grid = self.team.grid
         self._neighbours.expect(chunk)
+        if self._column is not None and chunk.job.gathers:
+            return
         length = chunk.length(self.team.rank)
         pieces, means = [], []
         for host, peer in self._peers:
@@ -166,62 +166,36 @@ class Exchange:
         return [(host, ranks[grid.place]) for host, ranks in enumerate(grid.ranks) if host != grid.host]
 
     def _scatter(self, chunk: Span) -> Pending:
-        """Encode what each host's owner is to have, this host's ranks summed."""
-        job, tag, send = chunk.job, chunk.tag(Stage.scatter), []
+        """Encode what each other host's owner is to have."""
+        tag, send = chunk.tag(Stage.scatter), []
         for host, owner in self._peers:
-            length = chunk.length(owner)
-            encoded = self._row(chunk.slot.sent, host, chunk.width, length)
-            for first, last in self._portions(length):
-                place_of_errors = host * job.shard + chunk.first + first
-                values = self._add_up(chunk, host, first, last, job.scattered, place_of_errors)
-                out = self._encoded(encoded, first, last)
-                self._encode(values, out, last - first, job.scattered, place_of_errors, job.terms)
+            encoded = self._row(chunk.slot.sent, host, chunk.width, chunk.length(owner))
+            self._arithmetic.encode_pieces(chunk, host, encoded, chunk.job.scattered)
             send.append(Parcel(encoded, owner, tag))
         return self.team.exchange(chunk.expected[Stage.scatter], send)
 
-    def _add_up(
-        self, chunk: Span, host: int, first: int, last: int, feedback: Feedback | None, place_of_errors: int
-    ) -> Tensor:
-        """What this host's ranks have for the owner on ``host``, divided by the number of ranks, and errors of before.
-
-        Returns whole blocks.
-        """
-        grid, each = self.team.grid, 1.0 / self.team.size
-        values = self._workspace[0][: padded(self.codec, last - first)]
-        out = values[: last - first]
-        total = None if feedback is None else feedback.carried(place_of_errors, out, chunk.job.terms)
-        for place in range(grid.ranks_per_host):
-            own = place == grid.place
-            piece = chunk.piece(grid.ranks[host][place]) if own else self._neighbours.given(chunk, place, host)
-            if total is None:
-                torch.mul(piece[first:last], each, out=out)
-            else:
-                torch.add(total, piece[first:last], alpha=each, out=out)
-            total = out
-        values[last - first :].zero_()
-        return values
-
-    def _means(self, chunk: Span, feedback: Feedback | None) -> Iterator[tuple[int, int, Tensor]]:
-        """This rank's positions ``first`` to ``last``, and their means with errors of before: FP32, whole blocks."""
-        grid = self.team.grid
+    def _received(self, chunk: Span) -> list[Tensor]:
+        """What other hosts have sent this rank, encoded."""
         length = chunk.length(self.team.rank)
-        rows = [self._row(chunk.slot.received, host, chunk.width, length) for host, _ in self._peers]
-        for first, last in self._portions(length):
-            mean = self._add_up(chunk, grid.host, first, last, feedback, chunk.first + first)
-            for row in rows:
-                self.codec.add_decoded(self._encoded(row, first, last), mean)
-            yield first, last, mean
+        return [self._row(chunk.slot.received, host, chunk.width, length) for host, _ in self._peers]
 
     def _gather(self, chunk: Span) -> Pending:
         """Encode the means for all hosts."""
-        grid, job = self.team.grid, chunk.job
-        encoded = self._mean(chunk, grid.host, grid.place)
-        for first, last, mean in self._means(chunk, job.gathered):
-            out = self._encoded(encoded, first, last)
-            self._encode(mean, out, last - first, job.gathered, chunk.first + first, job.terms)
+        encoded = self._mean(chunk, self.team.grid.host, self.team.grid.place)
+        self._arithmetic.encode_means(chunk, self._received(chunk), encoded)
         tag = chunk.tag(Stage.gather)
         send = [Parcel(encoded, peer, tag) for _, peer in self._peers]
         return self.team.exchange(chunk.expected[Stage.gather], send)
+
+    def _sum(self, chunk: Span, column: _Column) -> Pending:
+        """Encode what this host's ranks have for all owners in this place, and have the backend add up the hosts.
+
+        Ranks come here with chunks in one order, as a collective needs: one starts when the one before has been here.
+        """
+        grid = self.team.grid
+        for host in range(grid.num_hosts):
+            self._arithmetic.encode_pieces(chunk, host, self._mean(chunk, host, grid.place), feedback=None)
+        return self.team.all_reduce(self._neighbours.means(chunk, grid.place).view(column.dtype), column.group)
 
     def _mean(self, chunk: Span, host: int, place: int) -> Tensor:
         """The encoded mean of what one rank owns."""
@@ -230,32 +204,5 @@ class Exchange:
 
     def _read_means(self, chunk: Span, place: int) -> None:
         """Write the means that the ranks in one place of each host own to the target."""
-        grid, job = self.team.grid, chunk.job
-        for host in range(grid.num_hosts):
-            owner = grid.ranks[host][place]
-            encoded = self._mean(chunk, host, place)
-            start = owner * job.shard + chunk.first
-            for first, last in self._portions(chunk.length(owner)):
-                target, portion = job.target[start + first : start + last], self._encoded(encoded, first, last)
-                numel = padded(self.codec, last - first)
-                whole = target if numel == last - first else self._workspace[1][:numel]
-                self.codec.decode(portion, whole)
-                if whole is not target:
-                    target.copy_(whole[: last - first])
-                if job.terms.looks:
-                    job.terms.look(self.codec.witness(portion, whole))
-
-    def _encode(
-        self, values: Tensor, out: Tensor, length: int, feedback: Feedback | None, offset: int, terms: StepTerms
-    ) -> None:
-        """Encode ``values``; keep what is lost."""
-        if feedback is None and not terms.measures:
-            self.codec.encode(values, out)
-            return
-        lost = self._workspace[1][: values.numel()]
-        if feedback is not None and terms.is_unscaled and length == values.numel():
-            lost = feedback.room(offset, length)
-        self.codec.encode(values, out, lost)
-        terms.measure(values, lost)
-        if feedback is not None:
-            feedback.keep(lost[:length], offset, terms, self.codec.witness(out, lost) if terms.looks else None)
+        for host, ranks in enumerate(self.team.grid.ranks):
+            self._arithmetic.read_means(chunk, ranks[place], self._mean(chunk, host, place))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -137,10 +137,20 @@ class Team:
             if not self._coalesces:
                 # gloo's collectives on one group must be called in one order, and a thread of ours has its own.
                 # NCCL's are put in order by the streams that they run on.
-                ranks = dist.get_process_group_ranks(group)
-                self.group = dist.new_group(ranks, timeout=_timeout_of(group), use_local_synchronization=True)
+                self.group = self._new_group(range(self.size))
             dist.all_gather_object(hosts, host_key(), group=self.group)
         self.grid = Grid.of_hosts(hosts, self.rank)
+
+    def new_column(self) -> dist.ProcessGroup:
+        """A group of the ranks in this place of each host; collective over them."""
+        return self._new_group(row[self.grid.place] for row in self.grid.ranks)
+
+    def _new_group(self, members: Iterable[int]) -> dist.ProcessGroup:
+        ranks = dist.get_process_group_ranks(self.group)
+        group: dist.ProcessGroup = dist.new_group(
+            [ranks[member] for member in members], timeout=_timeout_of(self.group), use_local_synchronization=True
+        )
+        return group
 
     def expect(self, receive: Sequence[Parcel]) -> Expected:
         """Get ready to receive from ranks of the team, the earlier the better.
@@ -173,9 +183,13 @@ class Team:
         assert work is not None
         return Pending((work,), ())
 
-    def all_reduce(self, values: Tensor) -> Pending:
-        """Start the backend's own sum, in the type of ``values``; counted as what a ring sends."""
-        self.bytes_sent += 2 * (self.size - 1) * values.nbytes // self.size
-        work = dist.all_reduce(values, group=self.group, async_op=True)
+    def all_reduce(self, values: Tensor, group: dist.ProcessGroup | None = None) -> Pending:
+        """Start the backend's own sum over the team or a group of its ranks, in the type of ``values``.
+
+        Counted as what a ring sends.
+        """
+        group = group or self.group
+        self.bytes_sent += 2 * (group.size() - 1) * values.nbytes // group.size()
+        work = dist.all_reduce(values, group=group, async_op=True)
         assert work is not None
         return Pending((work,), ())

@@ -229,8 +229,8 @@ class CompressionConfig:
     """none: FP32. fp16, bf16: 16 bits a value. int8: 8 bits a value and a scale for each block. powersgd: each matrix
     as a product of two thin ones (ddp, and hsdp's replicas)."""
     accumulate: Accumulate = Accumulate.fp32
-    """fp16, bf16. wire: the backend sums in 16 bits. fp32: values go to the rank that owns them, which sums in FP32 and
-    sends 16 bits back; the same bytes, and the sum cannot overflow."""
+    """fp16, bf16. wire: the backend sums in 16 bits (on CPUs, with several ranks on each host, over the hosts). fp32:
+    values go to the rank that owns them, which sums in FP32 and sends 16 bits back; that sum cannot overflow."""
     block_size: int = 128
     """int8: values that share a scale, a multiple of 4. Smaller: more exact, and 4 bytes more for each block."""
     error_feedback: bool = False

@@ -82,10 +82,10 @@ def test_so_they_do_in_many_chunks_and_on_several_hosts(
     assert len(set(pools[world_size].run(mean_in_many_chunks, world_size, name, ranks_per_host))) == 1
 
 
-def many_steps(rank: int, ranks_per_host: int) -> str:
+def many_steps(rank: int, ranks_per_host: int, name: str) -> str:
     """Buckets come to the courier late, on each rank at another time, while older ones are under way."""
     with reducing.small_sizes(), reducing.hosts(rank, ranks_per_host):
-        ddp, _ = attached("int8", bucket_mib=0.001)
+        ddp, _ = attached(name, bucket_mib=0.001)
         for step in range(30):
             for part in ddp.module.parts:
                 part.register_hook(lambda gradient, step=step: (time.sleep(0.001 * ((rank + step) % 3)), gradient)[1])
@@ -96,8 +96,9 @@ def many_steps(rank: int, ranks_per_host: int) -> str:
     return digest(gradients(ddp))
 
 
-def test_ranks_that_are_late_do_not_wait_for_each_other_for_ever(pools: dict[int, Ranks]) -> None:
-    assert len(set(pools[4].run(many_steps, 2))) == 1
+@pytest.mark.parametrize("name", ["fp16 wire", "int8"])
+def test_ranks_that_are_late_do_not_wait_for_each_other_for_ever(pools: dict[int, Ranks], name: str) -> None:
+    assert len(set(pools[4].run(many_steps, 2, name))) == 1
 
 
 def mean_of_a_large_tensor(rank: int, world_size: int, name: str) -> float:

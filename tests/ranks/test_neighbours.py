@@ -23,7 +23,7 @@ from launcher.compression.layout import Layout
 from launcher.compression.links import Team
 from launcher.compression.neighbours import Messages, SharedMemory
 from launcher.compression.wire import Wire
-from launcher.config.schema import Codec, CompressionConfig
+from launcher.config.schema import Accumulate, Codec, CompressionConfig
 from tests.ranks import reducing
 from tests.ranks.processes import Ranks
 from tests.ranks.reducing import digest
@@ -34,6 +34,7 @@ _NUMEL = 96 * 384
 _STEPS = 6
 _CONFIGS = {
     "fp16": CompressionConfig(codec=Codec.fp16),
+    "fp16 wire": CompressionConfig(codec=Codec.fp16, accumulate=Accumulate.wire),
     "int8": CompressionConfig(codec=Codec.int8, error_feedback=True),
 }
 
@@ -100,7 +101,7 @@ def shards(rank: int, config: str, ranks_per_host: int, reason: str) -> tuple[st
 
 
 @pytest.mark.parametrize("reason", ["no memfd", "no room", "no such process", "another process"])
-@pytest.mark.parametrize("config", ["fp16", "int8"])
+@pytest.mark.parametrize("config", _CONFIGS)
 def test_where_one_rank_has_no_memory_all_send_and_get_the_same_bits(
     pools: dict[int, Ranks], config: str, reason: str
 ) -> None:
@@ -120,13 +121,14 @@ def test_a_reduce_scatter_never_reads_what_the_next_chunk_has_written(pools: dic
     assert [bits for _, bits in through_memory] == [bits for _, bits in sent]
 
 
+@pytest.mark.parametrize(("config", "each"), [("fp16", 2), ("fp16 wire", 2), ("int8", 1 + 4 / 128)])
 def test_ranks_of_two_hosts_hand_over_whole_tensors_in_fp32_and_send_halves_of_them_encoded(
-    pools: dict[int, Ranks],
+    pools: dict[int, Ranks], config: str, each: float
 ) -> None:
     """Of n values on 2 hosts of 2 ranks: n/2 in FP32 and n/2 encoded to the neighbour, n/4 there and n/4 back."""
-    encoded = _NUMEL * (1 + 4 / 128)
+    encoded = _NUMEL * each
     expected = 4 * _NUMEL / 2 + encoded / 2 + 2 * encoded / 4
-    assert [count for _, _, count in pools[4].run(means, "int8", 2, "")] == [expected] * 4
+    assert [count for _, _, count in pools[4].run(means, config, 2, "")] == [expected] * 4
 
 
 class _Watched:
@@ -254,7 +256,7 @@ def six() -> Iterator[Ranks]:
 
 
 @pytest.mark.parametrize("ranks_per_host", [2, 3])
-@pytest.mark.parametrize("config", ["fp16", "int8"])
+@pytest.mark.parametrize("config", _CONFIGS)
 def test_so_it_is_on_three_hosts_and_with_three_ranks_on_each(six: Ranks, config: str, ranks_per_host: int) -> None:
     for function in (means, shards):
         through_memory, sent = (six.run(function, config, ranks_per_host, reason) for reason in ("", "no memfd"))

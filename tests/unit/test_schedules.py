@@ -24,6 +24,9 @@ from launcher.compression.reduction import Reduction
 from launcher.compression.terms import StepTerms
 
 CPU = torch.device("cpu")
+_Way = tuple[Codec, torch.dtype | None]
+WAYS: list[_Way] = [(Half(torch.float16), None), (Half(torch.float16), torch.float16), (BlockInt8(4), None)]
+"""A codec, and the type in which the backend sums over hosts, if it does."""
 _SLOW = 0.1
 """The part of messages that are held back."""
 
@@ -45,6 +48,25 @@ class _Message:
             raise _NotYetError
 
 
+@dataclass(frozen=True, eq=False)
+class _Meeting:
+    """All ends of a message or of a sum."""
+
+    ends: Sequence[_Message]
+    sums: bool
+
+    def happen(self) -> None:
+        if self.sums:
+            total = self.ends[0].content.clone()
+            for end in self.ends[1:]:
+                total += end.content
+        else:
+            total = self.ends[0].content
+        for end in self.ends:
+            end.content.copy_(total)
+            end.has_come = True
+
+
 class _Link(NamedTuple):
     sender: int
     receiver: int
@@ -63,7 +85,8 @@ class _Network:
         self.memory: dict[int, Tensor] = {}
         self.waiting: list[tuple[Flight, Callable[[Flight], None]]] = []
         self._open: dict[tuple[str, _Link], _Message] = {}
-        self._matched: list[tuple[_Message, _Message]] = []
+        self._sums: dict[tuple[int, ...], dict[int, list[_Message]]] = {}
+        self._meetings: list[_Meeting] = []
 
     def post(self, end: str, link: _Link, content: Tensor) -> Any:
         message = _Message(content, self.random.random() < _SLOW)
@@ -72,7 +95,16 @@ class _Network:
         if other is None:
             self._open[end, link] = message
         else:
-            self._matched.append((message, other) if end == "send" else (other, message))
+            self._meetings.append(_Meeting([message, other] if end == "send" else [other, message], sums=False))
+        return message
+
+    def add_up(self, members: Sequence[int], rank: int, values: Tensor) -> Any:
+        """One rank's part in a sum over ``members``, whose sums are matched by the order in which they come."""
+        message = _Message(values, self.random.random() < _SLOW)
+        queues = self._sums.setdefault(tuple(members), {member: [] for member in members})
+        queues[rank].append(message)
+        if all(queues.values()):
+            self._meetings.append(_Meeting([queue.pop(0) for queue in queues.values()], sums=True))
         return message
 
     def share_memory(self, team: Any, nbytes: int) -> list[Tensor]:
@@ -85,21 +117,20 @@ class _Network:
         speeds = [self.random.choice([1, 1, 5, 50]) for _ in ranks]
         while True:
             able = [rank for rank in ranks if rank.can_act]
-            matched = [pair for pair in self._matched if not pair[0].is_slow]
+            complete = [each for each in self._meetings if not each.ends[0].is_slow]
             ready = [each for each in self.waiting if _has_come(each[0])]
-            if not (able or matched or ready):
-                matched = self._matched
-            kinds = [kind for kind in (able, matched, ready) if kind]
+            if not (able or complete or ready):
+                complete = self._meetings
+            kinds = [kind for kind in (able, complete, ready) if kind]
             if not kinds:
                 break
             kind = self.random.choice(kinds)
             if kind is able:
                 min(able, key=lambda rank: self.random.random() * speeds[ranks.index(rank)]).act()
-            elif kind is matched:
-                sent, received = pair = self.random.choice(matched)
-                self._matched.remove(pair)
-                received.content.copy_(sent.content)
-                sent.has_come = received.has_come = True
+            elif kind is complete:
+                meeting = self.random.choice(complete)
+                self._meetings.remove(meeting)
+                meeting.happen()
             else:
                 flight, then = each = self.random.choice(ready)
                 self.waiting.remove(each)
@@ -135,6 +166,12 @@ class _Team:
         parcels = [each for each in send if each.content.numel()]
         sent = [post("send", _Link(self.rank, p.peer, p.tag), p.content) for p in parcels]
         return Pending(expected.works, sent)
+
+    def new_column(self) -> list[int]:
+        return [row[self.grid.place] for row in self.grid.ranks]
+
+    def all_reduce(self, values: Tensor, column: list[int]) -> Pending:
+        return Pending([self.network.add_up(column, self.rank, values)], [])
 
 
 class _Rank:
@@ -180,16 +217,17 @@ class _Task:
 
 
 def _reduced(
-    monkeypatch: pytest.MonkeyPatch, hosts: int, per_host: int, codec: Codec, tasks: Sequence[_Task], seed: int | None
+    monkeypatch: pytest.MonkeyPatch, hosts: int, per_host: int, way: _Way, tasks: Sequence[_Task], seed: int | None
 ) -> list[list[Tensor]]:
     """Each rank's results; ``seed``: of the order, through memory; None: messages, and one order."""
+    codec, backend_sums = way
     network = _Network(hosts, per_host, seed or 0)
     monkeypatch.setattr(Flight, "wait_aside", lambda flight, then: network.waiting.append((flight, then)))
     share_memory = (lambda team, nbytes: None) if seed is None else network.share_memory
     monkeypatch.setattr(neighbours, "share_memory", share_memory)
     num_slots = 3 if seed is None else network.random.choice([1, 2, 3])
     sizes = Sizes(message_bytes=codec.encoded_bytes(8), portion=4, num_slots=num_slots, sum_bytes=64)
-    exchanges = [Exchange(team, codec, sizes) for team in network.teams]
+    exchanges = [Exchange(team, codec, sizes, backend_sums) for team in network.teams]
     found: list[list[Tensor]] = [[] for _ in exchanges]
 
     def chunks(rank: int) -> Iterator[Chunk]:
@@ -206,19 +244,19 @@ def _reduced(
 
 
 @pytest.mark.parametrize(("hosts", "per_host"), [(2, 2), (3, 2), (2, 3), (4, 1)])
-@pytest.mark.parametrize("codec", [Half(torch.float16), BlockInt8(4)], ids=["fp16", "int8"])
+@pytest.mark.parametrize("way", WAYS, ids=["fp16", "fp16 wire", "int8"])
 @pytest.mark.parametrize("kind", ["means", "shards", "mixed"])
 def test_results_are_the_same_bits_in_whatever_order_things_happen(
-    monkeypatch: pytest.MonkeyPatch, hosts: int, per_host: int, codec: Codec, kind: str
+    monkeypatch: pytest.MonkeyPatch, hosts: int, per_host: int, way: _Way, kind: str
 ) -> None:
     numbers = [150, 40, 1] if kind == "means" else [35, 12, 1] if kind == "shards" else [90, 21, 5, 17]
     gathers = {"means": [True] * 3, "shards": [False] * 3, "mixed": [True, False, True, False]}[kind]
     tasks = [_Task(numel, each) for numel, each in zip(numbers, gathers, strict=True)]
-    expected = _reduced(monkeypatch, hosts, per_host, codec, tasks, None)
+    expected = _reduced(monkeypatch, hosts, per_host, way, tasks, None)
     for number, task in enumerate(tasks):
         if task.gathers:
             assert all(torch.equal(results[number], expected[0][number]) for results in expected)
     for seed in range(1, 9):
-        found = _reduced(monkeypatch, hosts, per_host, codec, tasks, seed)
+        found = _reduced(monkeypatch, hosts, per_host, way, tasks, seed)
         for ours, theirs in zip(found, expected, strict=True):
             assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True)), f"seed {seed}"
