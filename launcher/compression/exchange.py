@@ -1,4 +1,4 @@
-"""The mean of a flat FP32 tensor over a team, encoded on the wire and summed in FP32.
+"""The mean of a flat FP32 tensor over a team, encoded on the wire and summed in FP32, or by the backend.
 
 Each rank owns one shard of the tensor. In pieces that travel one behind the other:
 
@@ -7,11 +7,13 @@ Each rank owns one shard of the tensor. In pieces that travel one behind the oth
 2. *scatter*: each piece, divided by the number of ranks, is encoded and sent to its owner, who sums in FP32;
 3. *gather* (not for a reduce-scatter): the owner encodes the mean once, and every rank, itself included, reads the
    same bytes, so that all hold the same result to the last bit;
-   or, instead of 2 and 3, the backend sums over the hosts what each has encoded for all owners, in 16 bits;
 4. *share* (where hosts hold several ranks): neighbours hand each other the encoded means that they have gathered, if
    any, and tell by it that they have read what they were given.
 
 What a rank keeps for itself is not encoded in 2. Both encodings may have error feedback.
+
+Where the backend sums whole means (16 bits), *sum* takes the place of 2 and 3: the ranks in one place of each host
+encode what their host has for all owners in that place, and the backend adds up the hosts.
 """
 
 from __future__ import annotations
@@ -20,14 +22,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from launcher.compression.arithmetic import Arithmetic
 from launcher.compression.codecs import Codec, padded
+from launcher.compression.groups import Group
 from launcher.compression.links import Parcel, Pending, Team
 from launcher.compression.neighbours import build_neighbours
 from launcher.compression.pipeline import Chunk, Course, Pipeline
@@ -51,14 +52,7 @@ class Sizes:
     num_slots: int
     """Chunks under way."""
     sum_bytes: int
-    """Of a chunk that the backend sums, encoded."""
-
-
-class _Column(NamedTuple):
-    """The ranks in this place of each host, over which the backend sums."""
-
-    group: dist.ProcessGroup
-    dtype: torch.dtype
+    """Of a chunk that the backend sums over all ranks, encoded."""
 
 
 class Exchange:
@@ -68,10 +62,11 @@ class Exchange:
         team: of at least two ranks.
         codec: what crosses the network.
         sizes: of messages and portions.
-        backend_sums: the type that ``codec`` encodes to, if the backend is to sum whole means over the hosts in it.
+        sums_over_hosts: the type that ``codec`` encodes to, if the backend is to sum whole means over the hosts in it;
+            not for reduce-scatters.
     """
 
-    def __init__(self, team: Team, codec: Codec, sizes: Sizes, backend_sums: torch.dtype | None = None) -> None:
+    def __init__(self, team: Team, codec: Codec, sizes: Sizes, sums_over_hosts: torch.dtype | None = None) -> None:
         self.team = team
         self.codec = codec
         block = codec.block_size
@@ -82,7 +77,12 @@ class Exchange:
         self._numbers = count()
         self._neighbours = build_neighbours(team, codec, self._piece, sizes.num_slots)
         self._arithmetic = Arithmetic(team, codec, self._neighbours, min(self._portion, self._piece))
-        self._column = None if backend_sums is None else _Column(team.new_column(), backend_sums)
+        self._sums_over_hosts = sums_over_hosts
+
+    @cached_property
+    def _column(self) -> Group:
+        """The ranks in this place of each host, over which the backend sums; made when they first do."""
+        return self.team.connect_column()
 
     @cached_property
     def pipeline(self) -> Pipeline[Buffers]:
@@ -125,8 +125,8 @@ class Exchange:
         self._expect(chunk)
         if grid.ranks_per_host > 1:
             yield posted(self._neighbours.give(chunk))
-        if self._column is not None and job.gathers:
-            yield posted(self._sum(chunk, self._column))
+        if self._sums_over_hosts is not None and job.gathers:
+            yield posted(self._sum(chunk, self._sums_over_hosts))
         else:
             yield posted(self._scatter(chunk))
             if job.gathers:
@@ -147,7 +147,7 @@ class Exchange:
         """Get ready to receive all that others will send for it."""
         grid = self.team.grid
         self._neighbours.expect(chunk)
-        if self._column is not None and chunk.job.gathers:
+        if self._sums_over_hosts is not None and chunk.job.gathers:
             return
         length = chunk.length(self.team.rank)
         pieces, means = [], []
@@ -187,7 +187,7 @@ class Exchange:
         send = [Parcel(encoded, peer, tag) for _, peer in self._peers]
         return self.team.exchange(chunk.expected[Stage.gather], send)
 
-    def _sum(self, chunk: Span, column: _Column) -> Pending:
+    def _sum(self, chunk: Span, dtype: torch.dtype) -> Pending:
         """Encode what this host's ranks have for all owners in this place, and have the backend add up the hosts.
 
         Ranks come here with chunks in one order, as a collective needs: one starts when the one before has been here.
@@ -195,7 +195,7 @@ class Exchange:
         grid = self.team.grid
         for host in range(grid.num_hosts):
             self._arithmetic.encode_pieces(chunk, host, self._mean(chunk, host, grid.place), feedback=None)
-        return self.team.all_reduce(self._neighbours.means(chunk, grid.place).view(column.dtype), column.group)
+        return self.team.all_reduce(self._neighbours.means(chunk, grid.place).view(dtype), self._column)
 
     def _mean(self, chunk: Span, host: int, place: int) -> Tensor:
         """The encoded mean of what one rank owns."""

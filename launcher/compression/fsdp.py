@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import DDPMeshInfo, FSDPMeshInfo
 from torch.distributed.tensor import DTensor
 
+from launcher.compression.trainers import Trainers
 from launcher.errors import ConfigurationError
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
     "refuse_several_meshes",
     "rows_of",
     "tell_present",
-    "training_group",
+    "trainers_of",
 ]
 
 
@@ -67,16 +68,13 @@ def _mesh_infos(model: nn.Module) -> Iterator[Any]:
     yield from (group.mesh_info for module in modules for group in parameter_groups(module))
 
 
-def training_group(model: nn.Module) -> dist.ProcessGroup | None:
+def trainers_of(model: nn.Module) -> Trainers | None:
     """The ranks that train the model; None: all."""
     meshes = [each.device_mesh for each in model.parameters() if isinstance(each, DTensor)]
     mesh = max(meshes, key=lambda each: each.size(), default=None)
     if mesh is None or mesh.size() == dist.get_world_size():
         return None
-    if mesh.ndim == 1:
-        return mesh.get_group()
-    group: dist.ProcessGroup = dist.new_group(sorted(mesh.mesh.flatten().tolist()), use_local_synchronization=True)
-    return group
+    return Trainers.of_mesh(mesh)
 
 
 def leave_replicas_alone(group: Any) -> None:

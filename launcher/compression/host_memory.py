@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from launcher.compression.links import Team
@@ -32,12 +31,10 @@ def share_memory(team: Team, nbytes: int) -> list[Tensor] | None:
     Pages that nobody writes to take no memory.
     """
     with ExitStack() as closing:
-        offers: list[_Offer | None] = [None] * team.size
-        dist.all_gather_object(offers, _offer(nbytes, closing), group=team.group)
+        offers: list[_Offer | None] = team.gather(_offer(nbytes, closing))
         memory = _taken([offers[peer] for peer in team.grid.ranks[team.grid.host]], nbytes)
-        votes = [False] * team.size
-        dist.all_gather_object(votes, memory is not None, group=team.group)
-    return memory if all(votes) else None
+        all_have = all(team.gather(memory is not None))
+    return memory if all_have else None
 
 
 class _Offer(NamedTuple):

@@ -9,16 +9,18 @@ is announced by ``Team.expect``, long before it is sent if possible.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from launcher.compression.groups import Group, connect, timeout_of
 
 __all__ = ["Expected", "Grid", "Parcel", "Pending", "Team", "host_key", "reduce_scatter"]
 
@@ -73,13 +75,6 @@ def host_key() -> str:
     )
 
 
-def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
-    """How long a group on CPUs waits; None, the backend's default, where it cannot be told: torch has no public way."""
-    backend = group._get_backend(torch.device("cpu"))
-    timeout: timedelta | None = getattr(getattr(backend, "options", None), "_timeout", None)
-    return timeout
-
-
 class Parcel(NamedTuple):
     """One message; at most one under way for a pair of ranks and a tag."""
 
@@ -131,26 +126,29 @@ class Team:
         self.bytes_sent = 0
         """By this rank, since it was last set to 0."""
         self._coalesces = device.type == "cuda"
-        self.group = group
-        hosts = [str(rank) for rank in range(self.size)]
-        if self.size > 1:
-            if not self._coalesces:
-                # gloo's collectives on one group must be called in one order, and a thread of ours has its own.
-                # NCCL's are put in order by the streams that they run on.
-                self.group = self._new_group(range(self.size))
-            dist.all_gather_object(hosts, host_key(), group=self.group)
-        self.grid = Grid.of_hosts(hosts, self.rank)
+        self._origin = group
+        known = self.gather((host_key(), secrets.token_hex(16))) if self.size > 1 else [("", "")]
+        self.grid = Grid.of_hosts([host for host, _ in known], self.rank)
+        self._name: str = known[0][1]
+        """Tells the team from all others."""
+        # gloo's collectives on one group must be called in one order, and a thread of ours has its own.
+        # NCCL's are put in order by the streams that they run on.
+        self.group: Group = group
+        if self.size > 1 and not self._coalesces:
+            self.group = self._connect("team", self.rank, self.size)
 
-    def new_column(self) -> dist.ProcessGroup:
-        """A group of the ranks in this place of each host; collective over them."""
-        return self._new_group(row[self.grid.place] for row in self.grid.ranks)
+    def gather(self, value: Any) -> list[Any]:
+        """Each rank's value, which can be pickled; for when nothing is under way."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self._origin)
+        return values
 
-    def _new_group(self, members: Iterable[int]) -> dist.ProcessGroup:
-        ranks = dist.get_process_group_ranks(self.group)
-        group: dist.ProcessGroup = dist.new_group(
-            [ranks[member] for member in members], timeout=_timeout_of(self.group), use_local_synchronization=True
-        )
-        return group
+    def connect_column(self) -> Group:
+        """The ranks in this place of each host; collective over them, and for CPUs."""
+        return self._connect(f"column {self.grid.place}", self.grid.host, self.grid.num_hosts)
+
+    def _connect(self, name: str, rank: int, size: int) -> Group:
+        return connect(f"{self._name}/{name}", rank, size, timeout_of(self._origin))
 
     def expect(self, receive: Sequence[Parcel]) -> Expected:
         """Get ready to receive from ranks of the team, the earlier the better.
@@ -170,8 +168,8 @@ class Team:
         if self._coalesces:
             # NCCL's pairwise operations wait for each other unless they are one group.
             receive = expected.parcels
-            operations = [dist.P2POp(dist.irecv, p.content, group=self.group, group_peer=p.peer) for p in receive]
-            operations += [dist.P2POp(dist.isend, p.content, group=self.group, group_peer=p.peer) for p in send]
+            operations = [dist.P2POp(dist.irecv, p.content, group=self._origin, group_peer=p.peer) for p in receive]
+            operations += [dist.P2POp(dist.isend, p.content, group=self._origin, group_peer=p.peer) for p in send]
             works = dist.batch_isend_irecv(operations) if operations else []
             return Pending(works, ())
         return Pending(expected.works, [self.group.send([parcel.content], parcel.peer, parcel.tag) for parcel in send])
@@ -179,17 +177,20 @@ class Team:
     def reduce_scatter(self, target: Tensor, source: Tensor) -> Pending:
         """Start the backend's own sum of shards, in the type of ``source``; counted as what a ring sends."""
         self.bytes_sent += (self.size - 1) * target.nbytes
-        work = reduce_scatter(target, source, group=self.group, async_op=True)
+        work = reduce_scatter(target, source, group=self._origin, async_op=True)
         assert work is not None
         return Pending((work,), ())
 
-    def all_reduce(self, values: Tensor, group: dist.ProcessGroup | None = None) -> Pending:
+    def all_reduce(self, values: Tensor, group: Group | None = None) -> Pending:
         """Start the backend's own sum over the team or a group of its ranks, in the type of ``values``.
 
         Counted as what a ring sends.
         """
         group = group or self.group
         self.bytes_sent += 2 * (group.size() - 1) * values.nbytes // group.size()
-        work = dist.all_reduce(values, group=group, async_op=True)
+        if self._coalesces:
+            work = dist.all_reduce(values, group=self._origin, async_op=True)
+        else:
+            work = group.allreduce([values])
         assert work is not None
         return Pending((work,), ())

@@ -21,6 +21,7 @@ from launcher.compression.layout import Layout, refuse_complex
 from launcher.compression.links import Team
 from launcher.compression.powersgd import PowerSGD
 from launcher.compression.probe import OverflowProbe
+from launcher.compression.trainers import Trainers
 from launcher.compression.wire import Wire
 from launcher.config.schema import Codec, CompressionConfig
 from launcher.errors import ConfigurationError, JobError
@@ -109,7 +110,7 @@ def attach_replicated(
             "This DistributedDataParallel has a communication hook already, and can have one: leave out "
             "register_comm_hook, or the codec."
         )
-    wire.group = model.process_group
+    wire.trainers = Trainers.of_group(model.process_group)
     if model.process_group.size() > 1:
         _choose(hook, config, model, wire)
     model.register_comm_hook(hook, _cross)

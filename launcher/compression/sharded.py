@@ -22,7 +22,7 @@ from launcher.compression.fsdp import (
     refuse_several_meshes,
     rows_of,
     tell_present,
-    training_group,
+    trainers_of,
 )
 from launcher.compression.layout import Layout, refuse_complex
 from launcher.compression.links import Team, reduce_scatter
@@ -45,7 +45,7 @@ def attach_sharded(model: nn.Module, config: CompressionConfig, wire: Wire, prob
     """
     refuse_several_meshes(model)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    wire.group = training_group(model)
+    wire.trainers = trainers_of(model)
     if config.codec is not Codec.none:
         refuse_complex(names)
     routes = _Routes(config, wire)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from launcher.compression.feedback import Feedback
 from launcher.compression.layout import Slice, parse_key, slice_key
 from launcher.compression.terms import StepTerms
+from launcher.compression.trainers import Trainers
 
 __all__ = ["Counter", "Keeper", "Residue", "Wire"]
 
@@ -82,7 +82,7 @@ class Wire:
         """Called when a step's errors have been written, before they take the place of the last step's."""
         self.keeps_errors = False
         """Whether a codec keeps anything from one step for the next."""
-        self.group: dist.ProcessGroup | None = None
+        self.trainers: Trainers | None = None
         """The ranks that train the model; None: all."""
         self._scaler = scaler
         self._is_told = False
@@ -191,11 +191,10 @@ class Wire:
             read: gives what a rank has saved, on any device.
             saved_world_size: how many ranks there were.
         """
-        initialized = dist.is_initialized()
-        world_size, rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if initialized else (1, 0)
-        saved = read(rank) if rank < saved_world_size else {}
+        trainers = self.trainers or Trainers.of_group(None)
+        saved = read(trainers.rank) if trainers.rank < saved_world_size else {}
         self._gather()
-        kept = saved if world_size == saved_world_size else self._found(saved, read, saved_world_size)
+        kept = saved if trainers.size == saved_world_size else self._found(saved, read, saved_world_size)
         for keeper in self.keepers:
             keeper.load_state_dict(kept)
         own = self._own_slices()
@@ -203,7 +202,7 @@ class Wire:
             key: value for key, value in saved.items() if parse_key(key)[0] in {each.kind for each in self.residues}
         }
         same = {key: value.shape for key, value in own.items()} == {key: value.shape for key, value in mine.items()}
-        if self._all_agree(world_size == saved_world_size and same):
+        if trainers.all_agree(trainers.size == saved_world_size and same, self.device):
             for key, value in own.items():
                 value.copy_(mine[key])
         else:
@@ -232,12 +231,6 @@ class Wire:
             for residue in self.residues
             for part in residue.slices
         }
-
-    def _all_agree(self, vote: bool) -> bool:
-        votes = torch.tensor(float(vote), device=self.device)
-        if dist.is_initialized() and dist.get_world_size(self.group) > 1:
-            dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self.group)
-        return bool(votes.item())
 
     def _added_up(self, read: Callable[[int], Mapping[str, Tensor]], saved_world_size: int) -> dict[str, Tensor]:
         """All saved errors as what they add to the mean: whole flat parameters of which this rank has a part."""

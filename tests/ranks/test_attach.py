@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launcher.compression import attach
 from launcher.compression.links import Team
 from launcher.errors import ConfigurationError, JobError
+from tests.ranks import reducing
 from tests.ranks.processes import COLLECTIVE_SECONDS, Ranks
 from tests.ranks.reducing import Given, backward, drawn, exact_mean, gradients, replicated
 
@@ -28,8 +29,8 @@ SHAPES = ((40, 12), (17,))
 
 def seconds_of_a_team(rank: int) -> float:
     team = Team(dist.group.WORLD, torch.device("cpu"))
-    backend: Any = team.group._get_backend(torch.device("cpu"))
-    return float(backend.options._timeout.total_seconds())
+    group: Any = team.group
+    return float(group.options._timeout.total_seconds())
 
 
 def test_a_team_waits_as_long_as_the_group_that_it_was_made_from(pools: dict[int, Ranks]) -> None:
@@ -61,6 +62,35 @@ def taken_up_on_a_subgroup(rank: int) -> bool:
 
 def test_a_model_on_some_of_the_ranks_takes_up_its_own_state(pools: dict[int, Ranks]) -> None:
     assert all(pools[4].run(taken_up_on_a_subgroup))
+
+
+def attached_by_ranks_of_unequally_many_groups(rank: int, kind: str) -> list[float]:
+    """Where torch's ``new_group`` among its members alone would have another name on each: the largest errors."""
+    for members in ([0], [0, 1]):
+        dist.new_group(members)
+    found = []
+    for codec, options in (("int8", {}), ("fp16", {"accumulate": "wire"}), ("powersgd", {})):
+        if kind == "hsdp":
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+            model: Any = fully_shard(Given(SHAPES), mesh=mesh)
+        else:
+            model = replicated(Given(SHAPES))
+        with reducing.hosts(rank, 2):
+            wire = attach(model, codec, **options)
+        backward(model, drawn(rank, 0, SHAPES))
+        pairs = zip(gradients(model), exact_mean(4, 0, SHAPES), strict=True)
+        found.append(max((each.double() - mean).abs().max().item() for each, mean in pairs))  # type: ignore[union-attr]
+        own = {key: value.clone() for key, value in wire.state_dict().items()}
+        wire.load_state_dict(lambda saved_rank, own=own: own, 4)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["ddp", "hsdp"])
+def test_ranks_may_be_in_unequally_many_groups(pools: dict[int, Ranks], kind: str) -> None:
+    for eight_bits, sixteen, low_rank in pools[4].run(attached_by_ranks_of_unequally_many_groups, kind):
+        assert eight_bits < 0.1
+        assert sixteen < 0.01
+        assert low_rank < 1e-6, "it has not started"
 
 
 class Complex(nn.Module):

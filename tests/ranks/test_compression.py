@@ -75,7 +75,7 @@ def mean_in_many_chunks(rank: int, world_size: int, name: str, ranks_per_host: i
 @pytest.mark.parametrize(
     ("world_size", "ranks_per_host"), [(2, None), (3, None), (4, 2), (4, 1), (3, 2)], ids=lambda value: str(value)
 )
-@pytest.mark.parametrize("name", ["fp16", "fp16 wire", "int8", "int8 of 4"])
+@pytest.mark.parametrize("name", ["fp16", "fp16 wire", "bf16 wire", "int8", "int8 of 4"])
 def test_so_they_do_in_many_chunks_and_on_several_hosts(
     pools: dict[int, Ranks], world_size: int, ranks_per_host: int | None, name: str
 ) -> None:

@@ -207,3 +207,37 @@ def measured(rank: int, error_feedback: bool) -> float:
 def test_powersgd_measures_what_it_loses(pools: dict[int, Ranks], error_feedback: bool) -> None:
     for relative in pools[2].run(measured, error_feedback):
         assert 0.1 < relative < 1
+
+
+def measured_encoding(rank: int, options: dict[str, object], ranks_per_host: int | None) -> float:
+    """What a codec says that it has lost in a step, relative; it keeps no errors."""
+    shapes = ((300,), (64, 33))
+    ddp = replicated(Given(shapes))
+    with reducing.hosts(rank, ranks_per_host):
+        wire = attach(ddp, **options)
+    with told(wire, measures=True):
+        backward(ddp, drawn(rank, 0, shapes))
+    lost, encoded = wire.take_lost().tolist()
+    ddp.zero_grad()
+    with told(wire):
+        backward(ddp, drawn(rank, 1, shapes))
+    assert wire.take_lost().tolist() == [0, 0], "a step that does not measure adds nothing"
+    return math.sqrt(lost / encoded)
+
+
+@pytest.mark.parametrize("ranks_per_host", [None, 2])
+@pytest.mark.parametrize(
+    ("options", "least", "most"),
+    [
+        ({"codec": "fp16"}, 2.0**-13, 2.0**-11),
+        ({"codec": "fp16", "accumulate": "wire"}, 2.0**-13, 2.0**-11),
+        ({"codec": "bf16", "accumulate": "wire"}, 2.0**-10, 2.0**-8),
+        ({"codec": "int8", "error_feedback": False}, 0.002, 0.02),
+    ],
+    ids=["fp16", "fp16 wire", "bf16 wire", "int8"],
+)
+def test_what_encoding_loses_is_measured_where_no_errors_are_kept(
+    pools: dict[int, Ranks], options: dict[str, object], least: float, most: float, ranks_per_host: int | None
+) -> None:
+    for relative in pools[4].run(measured_encoding, options, ranks_per_host):
+        assert least < relative < most

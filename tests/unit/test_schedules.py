@@ -138,6 +138,7 @@ class _Network:
         assert all(rank.is_done for rank in ranks), "ranks wait for each other"
         assert not self._open
         assert not self.waiting
+        assert not any(ends for queues in self._sums.values() for ends in queues.values())
 
 
 def _has_come(flight: Flight) -> bool:
@@ -167,7 +168,7 @@ class _Team:
         sent = [post("send", _Link(self.rank, p.peer, p.tag), p.content) for p in parcels]
         return Pending(expected.works, sent)
 
-    def new_column(self) -> list[int]:
+    def connect_column(self) -> list[int]:
         return [row[self.grid.place] for row in self.grid.ranks]
 
     def all_reduce(self, values: Tensor, column: list[int]) -> Pending:
@@ -220,14 +221,14 @@ def _reduced(
     monkeypatch: pytest.MonkeyPatch, hosts: int, per_host: int, way: _Way, tasks: Sequence[_Task], seed: int | None
 ) -> list[list[Tensor]]:
     """Each rank's results; ``seed``: of the order, through memory; None: messages, and one order."""
-    codec, backend_sums = way
+    codec, sums_over_hosts = way
     network = _Network(hosts, per_host, seed or 0)
     monkeypatch.setattr(Flight, "wait_aside", lambda flight, then: network.waiting.append((flight, then)))
     share_memory = (lambda team, nbytes: None) if seed is None else network.share_memory
     monkeypatch.setattr(neighbours, "share_memory", share_memory)
     num_slots = 3 if seed is None else network.random.choice([1, 2, 3])
     sizes = Sizes(message_bytes=codec.encoded_bytes(8), portion=4, num_slots=num_slots, sum_bytes=64)
-    exchanges = [Exchange(team, codec, sizes, backend_sums) for team in network.teams]
+    exchanges = [Exchange(team, codec, sizes, sums_over_hosts) for team in network.teams]
     found: list[list[Tensor]] = [[] for _ in exchanges]
 
     def chunks(rank: int) -> Iterator[Chunk]:
