@@ -40,9 +40,18 @@ class Channel:
         wire: counts, and keeps the errors.
         axis: a name for the team's place in the whole, such as "replica".
         weight: what a mean over this team counts in the mean over all ranks: 1 / its replicas.
+        scatters: whether it is for shards of means alone.
     """
 
-    def __init__(self, team: Team, config: CompressionConfig, wire: Wire, axis: str, weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        team: Team,
+        config: CompressionConfig,
+        wire: Wire,
+        axis: str,
+        weight: float = 1.0,
+        scatters: bool = False,
+    ) -> None:
         self.team = team
         self.wire = wire
         self._axis = axis
@@ -55,10 +64,10 @@ class Channel:
         self._backend: BackendSum | None = None
         sums_over_hosts = None
         if config.accumulate is Accumulate.wire and isinstance(codec, Half):
-            if team.device.type == "cpu" and team.grid.ranks_per_host > 1:  # NCCL knows by itself who is near
-                sums_over_hosts = codec.dtype
-            else:
+            if team.device.type == "cuda" or team.grid.ranks_per_host == 1:  # NCCL knows by itself who is near
                 self._backend = BackendSum(team, codec, sizes)
+            elif not scatters:
+                sums_over_hosts = codec.dtype
         self._exchange = Exchange(team, codec, sizes, sums_over_hosts)
         wire.counters.append(team)
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +56,13 @@ class Sizes:
     """Of a chunk that the backend sums over all ranks, encoded."""
 
 
+class _Column(NamedTuple):
+    """The ranks in this place of each host, over which the backend sums."""
+
+    group: Group
+    dtype: torch.dtype
+
+
 class Exchange:
     """A team and a codec: cuts reductions into chunks, which a pipeline runs.
 
@@ -77,12 +85,7 @@ class Exchange:
         self._numbers = count()
         self._neighbours = build_neighbours(team, codec, self._piece, sizes.num_slots)
         self._arithmetic = Arithmetic(team, codec, self._neighbours, min(self._portion, self._piece))
-        self._sums_over_hosts = sums_over_hosts
-
-    @cached_property
-    def _column(self) -> Group:
-        """The ranks in this place of each host, over which the backend sums; made when they first do."""
-        return self.team.connect_column()
+        self._column = None if sums_over_hosts is None else _Column(team.connect_column(), sums_over_hosts)
 
     @cached_property
     def pipeline(self) -> Pipeline[Buffers]:
@@ -125,8 +128,8 @@ class Exchange:
         self._expect(chunk)
         if grid.ranks_per_host > 1:
             yield posted(self._neighbours.give(chunk))
-        if self._sums_over_hosts is not None and job.gathers:
-            yield posted(self._sum(chunk, self._sums_over_hosts))
+        if self._column is not None and job.gathers:
+            yield posted(self._sum(chunk, self._column))
         else:
             yield posted(self._scatter(chunk))
             if job.gathers:
@@ -147,7 +150,7 @@ class Exchange:
         """Get ready to receive all that others will send for it."""
         grid = self.team.grid
         self._neighbours.expect(chunk)
-        if self._sums_over_hosts is not None and chunk.job.gathers:
+        if self._column is not None and chunk.job.gathers:
             return
         length = chunk.length(self.team.rank)
         pieces, means = [], []
@@ -187,7 +190,7 @@ class Exchange:
         send = [Parcel(encoded, peer, tag) for _, peer in self._peers]
         return self.team.exchange(chunk.expected[Stage.gather], send)
 
-    def _sum(self, chunk: Span, dtype: torch.dtype) -> Pending:
+    def _sum(self, chunk: Span, column: _Column) -> Pending:
         """Encode what this host's ranks have for all owners in this place, and have the backend add up the hosts.
 
         Ranks come here with chunks in one order, as a collective needs: one starts when the one before has been here.
@@ -195,7 +198,7 @@ class Exchange:
         grid = self.team.grid
         for host in range(grid.num_hosts):
             self._arithmetic.encode_pieces(chunk, host, self._mean(chunk, host, grid.place), feedback=None)
-        return self.team.all_reduce(self._neighbours.means(chunk, grid.place).view(dtype), self._column)
+        return self.team.all_reduce(self._neighbours.means(chunk, grid.place).view(column.dtype), column.group)
 
     def _mean(self, chunk: Span, host: int, place: int) -> Tensor:
         """The encoded mean of what one rank owns."""

@@ -1,18 +1,20 @@
-"""Groups of ranks on CPUs that nobody else uses: gloo, which torch does not know of and which goes with its holder.
+"""Groups of ranks on CPUs that nobody else uses: gloo, of which torch does not know.
 
 torch's ``new_group``, if only its members call it, names a group by how many groups each is in; members that are in
-unequally many wait for each other in vain. And what it makes stays until the process ends.
+unequally many wait for each other in vain. Private calls into torch: the default group and its store, and the
+time-out of a group.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_group, _get_default_store
 
 __all__ = ["Group", "connect", "timeout_of"]
 
@@ -33,8 +35,15 @@ class Group(Protocol):
         """Start to sum one tensor in place."""
 
 
+_connected: WeakKeyDictionary[dist.ProcessGroup, list[Group]] = WeakKeyDictionary()
+"""By the default group: until torch destroys that one and with it all of its own. A group that is freed waits for all
+that is under way and for gloo's threads, which a forked child does not have; none should be freed in mid-training."""
+
+
 def connect(name: str, rank: int, size: int, timeout: timedelta | None) -> Group:
     """Connect ranks; collective over them.
+
+    To be called in one order on every rank, in the main thread: who waits for a peer keeps all others from the store.
 
     Args:
         name: theirs alone, for as long as the job runs.
@@ -45,6 +54,7 @@ def connect(name: str, rank: int, size: int, timeout: timedelta | None) -> Group
     store = PrefixStore(f"tminus/{name}", _get_default_store())
     gloo: Any = dist.ProcessGroupGloo
     group: Group = gloo(store, rank, size) if timeout is None else gloo(store, rank, size, timeout)
+    _connected.setdefault(_get_default_group(), []).append(group)
     return group
 
 

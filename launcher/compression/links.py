@@ -1,9 +1,9 @@
 """Who reduces together, and how pieces travel between them.
 
-``Team`` is a group of ranks with a process group of its own, arranged by host: what is exchanged within a host does
-not cross the network. ``Team.exchange`` sends to several ranks and receives from several at once, point to point: on
-gloo that keeps a link busier than its collectives do, and no two ranks need to post in the same order. What is received
-is announced by ``Team.expect``, long before it is sent if possible.
+``Team`` is a group of ranks, on CPUs with a process group of its own, arranged by host: what is exchanged within a
+host does not cross the network. ``Team.exchange`` sends to several ranks and receives from several at once, point to
+point: on gloo that keeps a link busier than its collectives do, and no two ranks need to post in the same order. What
+is received is announced by ``Team.expect``, long before it is sent if possible.
 """
 
 from __future__ import annotations
@@ -131,9 +131,9 @@ class Team:
         self.grid = Grid.of_hosts([host for host, _ in known], self.rank)
         self._name: str = known[0][1]
         """Tells the team from all others."""
-        # gloo's collectives on one group must be called in one order, and a thread of ours has its own.
-        # NCCL's are put in order by the streams that they run on.
         self.group: Group = group
+        """On CPUs the team's own: gloo's collectives on one group must be called in one order, and a thread of ours has
+        its own. NCCL's are put in order by the streams that they run on."""
         if self.size > 1 and not self._coalesces:
             self.group = self._connect("team", self.rank, self.size)
 
@@ -144,7 +144,7 @@ class Team:
         return values
 
     def connect_column(self) -> Group:
-        """The ranks in this place of each host; collective over them, and for CPUs."""
+        """The ranks in this place of each host, on CPUs; collective over them."""
         return self._connect(f"column {self.grid.place}", self.grid.host, self.grid.num_hosts)
 
     def _connect(self, name: str, rank: int, size: int) -> Group:
@@ -175,18 +175,18 @@ class Team:
         return Pending(expected.works, [self.group.send([parcel.content], parcel.peer, parcel.tag) for parcel in send])
 
     def reduce_scatter(self, target: Tensor, source: Tensor) -> Pending:
-        """Start the backend's own sum of shards, in the type of ``source``; counted as what a ring sends."""
+        """Start NCCL's own sum of shards, in the type of ``source``; counted as what a ring sends."""
         self.bytes_sent += (self.size - 1) * target.nbytes
         work = reduce_scatter(target, source, group=self._origin, async_op=True)
         assert work is not None
         return Pending((work,), ())
 
-    def all_reduce(self, values: Tensor, group: Group | None = None) -> Pending:
-        """Start the backend's own sum over the team or a group of its ranks, in the type of ``values``.
+    def all_reduce(self, values: Tensor, column: Group | None = None) -> Pending:
+        """Start the backend's own sum over the team, or its column, in the type of ``values``.
 
         Counted as what a ring sends.
         """
-        group = group or self.group
+        group = column or self.group
         self.bytes_sent += 2 * (group.size() - 1) * values.nbytes // group.size()
         if self._coalesces:
             work = dist.all_reduce(values, group=self._origin, async_op=True)

@@ -93,7 +93,8 @@ class _Routes:
             return None
         if group not in self._shard:
             replicas = info.replicate_mesh_size if is_hsdp else 1
-            self._shard[group] = Channel(Team(group, self.wire.device), self.config, self.wire, "shard", 1.0 / replicas)
+            team = Team(group, self.wire.device)
+            self._shard[group] = Channel(team, self.config, self.wire, "shard", 1.0 / replicas, scatters=True)
         return self._shard[group]
 
     def replica_way(self, info: Any) -> _Way | None:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from launcher.compression import attach
 from launcher.compression.links import Team
+from launcher.compression.trainers import Trainers
 from launcher.errors import ConfigurationError, JobError
 from tests.ranks import reducing
 from tests.ranks.processes import COLLECTIVE_SECONDS, Ranks
@@ -66,10 +67,9 @@ def test_a_model_on_some_of_the_ranks_takes_up_its_own_state(pools: dict[int, Ra
 
 def attached_by_ranks_of_unequally_many_groups(rank: int, kind: str) -> list[float]:
     """Where torch's ``new_group`` among its members alone would have another name on each: the largest errors."""
-    for members in ([0], [0, 1]):
-        dist.new_group(members)
+    own_groups = [dist.new_group(members) for members in ([0], [0, 1])]
     found = []
-    for codec, options in (("int8", {}), ("fp16", {"accumulate": "wire"}), ("powersgd", {})):
+    for codec, options in (("int8", {}), ("fp16", {"accumulate": "wire"}), ("powersgd", {"start_step": 2})):
         if kind == "hsdp":
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
             model: Any = fully_shard(Given(SHAPES), mesh=mesh)
@@ -80,9 +80,43 @@ def attached_by_ranks_of_unequally_many_groups(rank: int, kind: str) -> list[flo
         backward(model, drawn(rank, 0, SHAPES))
         pairs = zip(gradients(model), exact_mean(4, 0, SHAPES), strict=True)
         found.append(max((each.double() - mean).abs().max().item() for each, mean in pairs))  # type: ignore[union-attr]
+        for step in range(1, 4):
+            backward(model, drawn(rank, step, SHAPES))
         own = {key: value.clone() for key, value in wire.state_dict().items()}
         wire.load_state_dict(lambda saved_rank, own=own: own, 4)
+        assert all(torch.equal(own[key], value) for key, value in wire.state_dict().items())
+    for group in own_groups:
+        if group is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.destroy_process_group(group)
     return found
+
+
+def agreed(rank: int) -> list[Any]:
+    """What the ranks of a mesh of two dimensions, and of a group, know of themselves; the votes of one that differs."""
+    device = torch.device("cpu")
+    pair = dist.new_group([rank - rank % 2, rank - rank % 2 + 1], use_local_synchronization=True)
+    found: list[Any] = []
+    for trainers in (
+        Trainers.of_mesh(init_device_mesh("cpu", (2, 2))),
+        Trainers.of_group(pair),
+        Trainers.of_group(None),
+    ):
+        votes = [trainers.all_agree(rank != dissenter, device) for dissenter in range(5)]
+        found.append((trainers.size, trainers.rank, votes))
+    return found
+
+
+def test_one_rank_that_does_not_agree_is_heard_by_all_that_train_with_it(pools: dict[int, Ranks]) -> None:
+    nobody = [False] * 4 + [True]
+    for rank, (mesh, pair, everybody) in enumerate(pools[4].run(agreed)):
+        assert mesh == everybody == (4, rank, nobody)
+        assert pair == (2, rank % 2, [dissenter // 2 != rank // 2 for dissenter in range(5)])
+
+
+def test_a_process_alone_agrees_with_itself() -> None:
+    assert Trainers.of_group(None) == Trainers(1, 0, ())
+    assert Trainers().all_agree(True, torch.device("cpu"))
+    assert not Trainers().all_agree(False, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", ["ddp", "hsdp"])
